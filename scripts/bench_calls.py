@@ -1,9 +1,9 @@
-"""What reading the calls of a trace costs, against another revision: time, and memory kept.
+"""Compare time and memory of reading the calls of a trace with another revision.
 
     python scripts/bench_calls.py --against 1ff239d
 
-Writes one trace of 20,000 calls (16 layers, 64 experts, top 8, placed on host and device), then reads it in
-fresh processes, this revision and the other in turn, and prints medians and their ratios.
+Writes one trace of 20,000 calls (16 layers, 64 experts, top-8, with timestamps on host and device). Fresh
+processes then read it, alternating between the two revisions. Prints medians and their ratios.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ else:
 
 
 def write_trace(path: Path, calls: int) -> None:
-    """A trace without events of its own, and a recording of `calls` placed calls; in both formats."""
+    """Write a recording of `calls` placed calls into a trace without other events, in both formats."""
     from moe_trace.data.codec import encode_recording
     from moe_trace.data.schema import BAND_PID, Lost, Placement, Recording, RouterInfo, RoutingSample, Span
     from moe_trace.timeline.additions import encode_addition, read_added
@@ -119,7 +119,7 @@ def write_trace(path: Path, calls: int) -> None:
     path.write_bytes(head + encode_addition(b"", label, text, offset=len(head), first=True) + b"\n]}")
     with path.open("rb") as file:
         assert read_added(file) is not None, "expected a file that is read from its end"
-    # As releases before 0.2 wrote it, for a revision that reads no other.
+    # The format of releases before 0.2, for a revision that reads no other.
     head, key = b'{"traceEvents": [\n]', b',\n"moe_trace": '
     splice = {"events_offset": len(head) - 2, "events_bytes": 0, "key_offset": len(head), "suffix_bytes": 2}
     end = b',"splice":' + json.dumps(splice).encode() + b"}\n}"
@@ -127,7 +127,7 @@ def write_trace(path: Path, calls: int) -> None:
 
 
 def measure(folder: Path, trace: Path, what: str) -> dict[str, float]:
-    """What a fresh process with the package of that folder needs."""
+    """Return the time or memory that a fresh process needs with the package in `folder`."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", READ, str(trace), what]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)

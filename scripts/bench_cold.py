@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What the first recorded step costs in a fresh process, against the second: A B A B over processes.
+"""Measure the first recorded step of a fresh process against the second, in alternating processes.
 
     python scripts/bench_cold.py  # OLMoE-1B-7B's true shape on the GPU
-    python scripts/bench_cold.py --minutes 8 --runs cold.jsonl  # part of it; again, and it goes on
+    python scripts/bench_cold.py --minutes 8 --runs cold.jsonl  # a part; run it again to continue
     python scripts/bench_cold.py --device cpu --pairs 2  # a smoke test: a small model
 
-Every process starts with empty caches of Triton and Inductor. A figure is the time of the first step over
-that of the second, bare (torch.profiler alone) and traced (with moe_trace); what counts is their ratio. Each
-step is profiled by a profile of its own, whose trace tells how long the longest range of ours was.
+Every process starts with empty caches of Triton and Inductor. It measures the time of the first step divided
+by that of the second, bare (torch.profiler alone) or traced (with moe_trace). The result is the ratio of traced
+to bare. Each step has its own profiler session, whose trace gives the duration of our longest range.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ def main() -> None:
 # -- the parent ----------------------------------------------------------------------------------------------
 
 Runs = dict[str, dict[str, list[dict[str, Any]]]]
-"""By workload and by way, one result a process; the two lists of a workload pair up."""
+"""Workload -> way -> one result per process. The two lists of a workload have paired entries."""
 
 
 def measure(arguments: argparse.Namespace) -> Runs:
-    """Pairs of each workload in turn, until there are enough or the time is over."""
+    """Measure pairs of each workload in turn until there are enough or the time is over."""
     kept = Kept(arguments)
     started = time.monotonic()
     longest = dict.fromkeys(arguments.only, 0.0)
@@ -89,7 +89,7 @@ def measure(arguments: argparse.Namespace) -> Runs:
 
 
 class Kept:
-    """The pairs so far, and those of earlier calls that a file holds, one a line."""
+    """Pairs measured so far, including those of earlier runs from a file with one pair per line."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._file: Path | None = arguments.runs
@@ -113,7 +113,7 @@ class Kept:
 
 
 def told(pair: dict[str, dict[str, Any]]) -> str:
-    """One pair's figures."""
+    """Format the measurements of one pair."""
     return "; ".join(
         f"{part}: {first_over_second(pair['traced'], part) / first_over_second(bare, part):.3f}"
         f" ({first_over_second(bare, part):.2f} bare), ours "
@@ -216,17 +216,17 @@ class Child:
     # -- workloads -------------------------------------------------------------------------------------
 
     def forward(self) -> None:
-        """The process runs nothing before the first profile."""
+        """Profile the first forward of the process."""
         self.profile_twice("2048 tokens", self.forward_of(2048 if self.on_gpu else 256))
 
     def forward_warm(self) -> None:
-        """The model has run before."""
+        """Profile forwards of a model that has run before."""
         step = self.forward_of(2048 if self.on_gpu else 256)
         repeat(WARM_UP, step)
         self.profile_twice("2048 tokens", step)
 
     def decode(self) -> None:
-        """Prefill and 8 tokens, for whose reduction nobody waits before the trace is written."""
+        """Profile prefill and 8 tokens, whose reduction is not waited for until the trace is written."""
         ids = self.tokens(1, 32)
 
         def step() -> None:
@@ -313,7 +313,7 @@ class Child:
     def profile_twice(
         self, part: str, step: Callable[[], None], tracer: Any = None, *, ours: bool = True
     ) -> None:
-        """`ours`: by a profile of ours, rather than torch's with that tracer."""
+        """Time two profiled steps, with `moe_trace.profile` if `ours`, else with torch's profiler and `tracer`."""
         self.parts[part], self.own_ms[part] = [], []
         for which in range(2):
             with tempfile.TemporaryDirectory() as folder:
@@ -351,7 +351,7 @@ def repeat(times: int, step: Callable[[], None]) -> None:
 
 
 def longest_own_range_ms(trace: Path) -> float:
-    """Of what we run ourselves; the ranges round routers and experts hold the model's own kernels."""
+    """Return the longest range of our own work; those around routers and experts contain the model's kernels."""
     from moe_trace.data.schema import OVERHEAD_RANGE
 
     events = json.loads(trace.read_bytes())["traceEvents"]

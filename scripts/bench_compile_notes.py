@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What provenance tracking costs in compile time: OLMoE-1B-7B's layers, compiled with and without it.
+"""Measure the compile time of provenance tracking: OLMoE-1B-7B's layers with and without it.
 
     python scripts/bench_compile_notes.py --pairs 5
 
-Each pair compiles the same model twice under a tracer, in turn; once the tracer does not switch it on.
-Caches are off. The ratio of each pair is printed as it comes, then the median and the quartiles.
+Each pair compiles the same model twice under a tracer, once with provenance tracking and once without.
+Caches are off. Prints the ratio of each pair as it is measured, then the median and the quartiles.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from moe_trace.record.graphs.launch_lists import LaunchLists
 
 @torch.no_grad()
 def seconds(model: OlmoeForCausalLM, *, notes: bool) -> float:
-    """First compiled forward, with its compilation."""
+    """Return the time of the first compiled forward, including compilation."""
     torch._dynamo.reset()
     ids = tokens(4, 16)
     watch = LaunchLists.watch if notes else lambda self: None
@@ -53,7 +53,7 @@ def main() -> None:
         model = OlmoeForCausalLM(true_shape(arguments.layers)).to(torch.bfloat16).eval()
     ratios = []
     with config.patch(force_disable_caches=True):
-        seconds(model, notes=False)  # the first in a process compiles what is never compiled again
+        seconds(model, notes=False)  # the first run also compiles code that the process then reuses
         for pair in range(arguments.pairs):
             order = (True, False) if pair % 2 else (False, True)
             taken = {notes: seconds(model, notes=notes) for notes in order}

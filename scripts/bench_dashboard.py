@@ -1,11 +1,11 @@
-"""How fast the MoE tab answers for 16 layers x 128 experts x 1000 steps, and how much it sends.
+"""Measure response times and sizes of the MoE tab for 16 layers x 128 experts x 1000 steps.
 
     python scripts/bench_dashboard.py [--layers 16 --experts 128 --steps 1000] [--browser]
 
-The trace is made by the merge that real traces go through. Exit status 1 where a promise is broken: the
-first view within 2 s of a warm cache, a step of the slider within 100 ms, at most 2 MB for a view. The first
-times are those of the server, HTTP and JSON included; with --browser also those of a real Chromium, until the
-page stands.
+The trace is written by the same merge as real traces. The exit status is 1 if a bound is exceeded: the first
+view within 2 s with a warm cache, a step of the slider within 100 ms, at most 2 MB per view. Times are those of
+the server, including HTTP and JSON. With --browser they are also measured in a real Chromium, until the page is
+drawn.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPERATORS = (("aten::linear", 12, 8), ("aten::mm", 50, 10), ("aten::mm", 70, 10)
 
 
 def write_trace(path: Path, layers: int, experts: int, steps: int) -> None:
-    """A trace with a router call per layer and step, whose load drifts over the steps."""
+    """Write a trace with one router call per layer and step, whose load drifts over the steps."""
     rng = np.random.default_rng(0)
     infos = [_router(layer, experts) for layer in range(layers)]
     events, samples = [], []
@@ -115,7 +115,7 @@ def _events(site: str, start: float) -> list[dict[str, object]]:
 
 
 def main() -> int:
-    """Print a table; 1 where a promise is broken."""
+    """Print a table and return 1 if a bound is exceeded."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -134,7 +134,7 @@ def main() -> int:
 
 
 def report_browser(folder: Path, steps: int) -> int:
-    """The tab in Chromium: from its address to the drawn view, and from a slider's move to the drawn map."""
+    """Time the tab in Chromium: from its address to the drawn view, from a slider move to the drawn map."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from browser.harness import Internet, chromium, find_chromium, offline_context, tensorboard
     from browser.moe_tab import open_view
@@ -149,7 +149,7 @@ def report_browser(folder: Path, steps: int) -> int:
         offline_context(browser, Internet()) as context,
     ):
         page = context.new_page()
-        open_view(page, url, "overview")  # reads the trace: from here on the cache is warm
+        open_view(page, url, "overview")  # reads the trace, so the cache is warm from here on
         start = time.perf_counter()
         frame = open_view(page, url, "overview")
         first_s = time.perf_counter() - start
@@ -180,7 +180,7 @@ SLIDE_SCRIPT = """(step) => new Promise((done) => {
 
 
 def report(folder: str, name: str, steps: int) -> int:
-    """Ask every view as the page does."""
+    """Request every view as the page does."""
     apps = MoEPlugin(SimpleNamespace(logdir=folder)).get_plugin_apps()  # type: ignore[arg-type]
     broken = False
 
@@ -207,7 +207,7 @@ def report(folder: str, name: str, steps: int) -> int:
 
 
 def timed(work: Callable[[], int]) -> tuple[float, int]:
-    """Seconds, and what the work returned."""
+    """Return the duration in seconds and the result of `work`."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result

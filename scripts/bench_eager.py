@@ -44,12 +44,12 @@ def blocks_of(model: Any) -> list[nn.Module]:
 
 
 def empty_hooks(model: Any) -> Any:
-    """What torch itself takes to call as many hooks."""
+    """Register the same number of empty hooks, to measure what torch itself takes to call them."""
     return hooks_by_hand(blocks_of(model), ranges=False)
 
 
 def decode(bench: Bench) -> None:
-    """Host-bound: its time is the host's."""
+    """Measure decode steps, which are host-bound."""
 
     def step_of(model: Any) -> Step:
         return decode_step(bench, model)
@@ -72,7 +72,7 @@ def decode(bench: Bench) -> None:
 
 
 def short(bench: Bench) -> None:
-    """128 tokens: the host launches more slowly than the device computes."""
+    """Measure forwards of 128 tokens, where the host launches more slowly than the device computes."""
     ids = bench.tokens(1, 128)
 
     def step_of(model: Any) -> Step:
@@ -87,7 +87,7 @@ def short(bench: Bench) -> None:
 
 
 class HooksAlone(nn.Module):
-    """As many routers as the model has, whose routers and experts return what they returned before."""
+    """As many MoE layers as the model has, whose routers and experts return recorded outputs."""
 
     def __init__(self, bench: Bench) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class HooksAlone(nn.Module):
 
 
 def hooks(bench: Bench) -> None:
-    """What the host pays per router call when everything else of the forward is taken out."""
+    """Measure host time per router call without the rest of the forward."""
     model = HooksAlone(bench)
     hidden = torch.randn(1, 1, bench.model.config.hidden_size, device=bench.device, dtype=bench.model.dtype)
 

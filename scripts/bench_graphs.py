@@ -1,7 +1,7 @@
-"""Workloads of `bench_overhead.py`: compiled decode, training, always-on scalars, and the usual ways.
+"""Workloads of `bench_overhead.py`: compiled decode, training, always-on scalars, and naive hooks.
 
-Compiled code holds the hooks that were on when it was compiled, so bare and traced are two compilations of
-the same weights.
+Compiled code contains the hooks that were registered when it was compiled. Bare and traced are therefore two
+compilations of the same weights.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import moe_trace
 
 
 class CompiledDecode:
-    """One token a sequence, whole model compiled with CUDA graphs (CPU: without), 0 tokens of cache.
+    """Decode of one token per sequence without a cache, with the whole model compiled (on a GPU with CUDA graphs).
 
-    The compiler rounds otherwise with the tracer's work beside the model's, so that random weights choose
-    other experts, and the time of a grouped product depends on which: one token would compare that too.
+    The compiler rounds differently if the tracer's work is in the graph. With random weights other experts are
+    then chosen, and the time of a grouped product depends on them. A single token would measure that, too.
     """
 
     STEPS = 50
@@ -35,12 +35,12 @@ class CompiledDecode:
         bench.model.set_experts_implementation("grouped_mm")
 
     def compiled(self, also: str = "") -> Any:
-        """Compiled, warmed up and captured, with the hooks that are on now.
+        """Return a compiled, warmed-up and captured function with the hooks that are registered now.
 
         Args:
-            also: what the function returns beside the logits, as code.
+            also: code of what the function returns besides the logits.
         """
-        # A function of its own for each, so that neither's code is in the other's cache.
+        # Separate functions, so that they do not share a cache of compiled code.
         namespace: dict[str, Any] = {"model": self._model}
         exec(f"def forward(tokens):\n    return model(tokens, use_cache=False).logits{also}", namespace)
         forward = torch.compile(namespace["forward"], mode=self._mode, fullgraph=True)
@@ -50,7 +50,7 @@ class CompiledDecode:
         return forward
 
     def using(self, forward: Any) -> Callable[[], Any]:
-        """A context in which `step` runs it."""
+        """Return a context in which `step` runs `forward`."""
 
         @contextmanager
         def use() -> Iterator[None]:
@@ -71,8 +71,8 @@ def compiled_decode(bench: Bench, batch: int) -> None:
     bare = decode.compiled()
     tracer.start()
     traced = decode.compiled()
-    # The tracer stays on: code compiled before it has no hooks and does not see them; with the hooks off,
-    # the traced half would be compiled again without them.
+    # The tracer stays on. Code compiled before it has no hooks and does not see them. If the hooks were
+    # removed, the traced half would be recompiled without them.
     before = len(tracer.samples())
     name = f"compiled decode, batch {batch}, {'CUDA graphs' if bench.on_gpu else 'no CUDA graphs'}"
     bench.compare(
@@ -85,7 +85,7 @@ def compiled_decode(bench: Bench, batch: int) -> None:
     )
     assert len(tracer.samples()) > before, "the traced half must record"
     tracer.stop()
-    # The hooks in the code are muted now, for the next tracer.
+    # The hooks in the compiled code are now muted and available to the next tracer.
     bench.compare(
         f"{name}, after the tracer stopped",
         decode.step,
@@ -111,7 +111,7 @@ def training_step(bench: Bench) -> Step:
 
 
 def no_more_training(bench: Bench) -> None:
-    """Checkpointing leaves a hook on the embedding behind, which dynamo cannot compile."""
+    """Remove the hook that checkpointing leaves on the embedding, which dynamo cannot compile."""
     bench.model.eval()
     bench.model.gradient_checkpointing_disable()
     bench.model.disable_input_require_grads()
@@ -124,7 +124,7 @@ def training(bench: Bench) -> None:
 
 
 def scalars(bench: Bench) -> None:
-    """Every step's scalars to TensorBoard, always on; as many steps as the writer's period takes on a GPU."""
+    """Measure writing scalars to TensorBoard in every step, over the writer's period on a GPU."""
     plain = training_step(bench)
     logger: list[Any] = []
 
@@ -148,12 +148,14 @@ def scalars(bench: Bench) -> None:
 
 
 def usual(bench: Bench) -> None:
-    """The way it is usually done, for comparison: a hook that waits, and one that loops over the tokens."""
+    """Measure common naive hooks for comparison: one that synchronizes, and one that loops over the tokens."""
 
     def counting(look: Callable[[torch.Tensor], Any]) -> Callable[[], Any]:
         @contextmanager
         def use() -> Iterator[None]:
-            def hook(module: Any, args: Any) -> None:  # what a hook returns would replace the arguments
+            def hook(
+                module: Any, args: Any
+            ) -> None:  # returns nothing, because a return value would replace the arguments
                 look(args[1])
 
             handles = [

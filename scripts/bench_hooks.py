@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""What the hooks of a recorded call cost, against hooks of the same kinds with empty bodies, in turn.
+"""Measure the hooks of a recorded call against empty hooks of the same kinds.
 
     python scripts/bench_hooks.py
-    python scripts/bench_hooks.py --in-turn    # on a machine that does other work too
-    python scripts/bench_hooks.py --in-turn --device cuda    # modules and what they return on a GPU
+    python scripts/bench_hooks.py --in-turn    # on a machine with other load
+    python scripts/bench_hooks.py --in-turn --device cuda    # modules and their outputs on a GPU
 
-Trivial modules, 16 layers, which compute nothing on either device; CPU time of the thread, since other work
-on the machine adds to the clock; medians of the ratios. The deferred reduction is told apart: it is taken
-out of the first row of recording and stands in the second.
+The model has 16 layers of trivial modules, which compute nothing on either device. CPU time of the thread is
+measured, because other load adds to wall time. Prints medians of the ratios. The first row of recording
+excludes the deferred reduction; the second includes it.
 
-With `--in-turn` each way has a model of its own, and single forwards of all of them take turns within a few
-milliseconds; printed are the fastest 2 % and 10 % of each way's forwards, which other work disturbed least.
-Few of these take part in a reduction, or in taking apart the events of the forwards before.
+With `--in-turn` each variant has its own model, and single forwards of all variants alternate within a few
+milliseconds. Prints the fastest 2 % and 10 % of the forwards of each variant, which other load disturbed least.
+Few of these take part in a reduction, or in processing the events of earlier forwards.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Layers(nn.Module):
 
 
 def fresh_outputs(model: Layers, calls: int = 4096) -> None:
-    """As real routers do: other memory in each call, so that nothing has to be copied."""
+    """Return other memory in each call, as real routers do, so that nothing has to be copied."""
     for layer in model.layers:
         kept = [tuple(t.clone() for t in layer.gate.decided) for _ in range(calls)]
         layer.gate.forward = iter_of(kept)
@@ -109,7 +109,7 @@ def iter_of(kept: list[Any]) -> Callable[..., Any]:
 
 @contextmanager
 def hooks_by_hand(blocks: Iterable[nn.Module], ranges: bool) -> Iterator[None]:
-    """Hooks of the kinds that record, with nothing in them; or with a bare range each pair.
+    """Register empty hooks of the kinds that record; if `ranges`, each pair opens a bare range.
 
     Args:
         blocks: modules with a `gate` and `experts`.
@@ -141,10 +141,10 @@ def empty_hooks(model: Layers, ranges: bool) -> AbstractContextManager[None]:
 
 
 def microseconds(model: Layers, context: Context, forwards: int) -> float:
-    """A layer's share of a forward inside the context."""
+    """Return the CPU time of a forward inside the context, per layer."""
     hidden = torch.zeros(1, 4, device=model.layers[0].gate.weight.device)
     with context(), torch.no_grad():
-        for _ in range(20):  # hooks are put on, and routers shown to write to other memory each time
+        for _ in range(20):  # installs the hooks and shows that each router call writes to other memory
             model(hidden)
         started = time.thread_time()
         for _ in range(forwards):
@@ -155,7 +155,7 @@ def microseconds(model: Layers, context: Context, forwards: int) -> float:
 def in_turn(
     name: str, device: str, ways: Sequence[Callable[[Layers], AbstractContextManager[Any]]], around: Any
 ) -> None:
-    """Ways are bare, with empty hooks, and ours."""
+    """Time and print three variants: `ways` are bare, with empty hooks, and with ours."""
     models = [Layers().eval().to(device) for _ in ways]
     times: list[list[int]] = [[] for _ in ways]
     hidden, clock = torch.zeros(1, 4, device=device), time.perf_counter_ns
@@ -171,7 +171,7 @@ def in_turn(
                     for number in range(10):
                         started = clock()
                         model(hidden)
-                        if number > 1:  # the first find the others' data in the processor's caches
+                        if number > 1:  # the first ones find other variants' data in the processor's caches
                             taken.append(clock() - started)
     shown = []
     for share in (0.02, 0.1):

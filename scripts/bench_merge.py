@@ -1,4 +1,4 @@
-"""Workloads of `bench_overhead.py`: merging the recording into a trace, its time and its memory."""
+"""Workloads of `bench_overhead.py`: time and memory of merging the recording into a trace."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ REPEATS = 5
 
 
 def merge(bench: Bench) -> None:
-    """Merging against Kineto's own export, in seconds of the processor, on traces of both sizes."""
+    """Compare the CPU time of merging with that of Kineto's export, on traces of two sizes."""
     steps = 20
-    size_mb, _ = _merge_steps(bench, steps)  # which tells how large a step's trace is
+    size_mb, _ = _merge_steps(bench, steps)  # measures the size of a step's trace
     for wanted_mb in SIZES_MB:
         _, note = _merge_steps(bench, max(1, round(steps * wanted_mb / size_mb)))
         bench.note(note)
 
 
 def _merge_steps(bench: Bench, steps: int) -> tuple[float, str]:
-    """Size of the trace in MB, and what merging into it took."""
+    """Return the size of the trace in MB and a line on the time of merging into it."""
     from moe_trace.timeline.merge import merge_in_place
 
     step = prefill_step(bench) if bench.on_gpu else decode_step(bench)
@@ -45,7 +45,9 @@ def _merge_steps(bench: Bench, steps: int) -> tuple[float, str]:
         size_mb = path.stat().st_size / 1e6
         merged = []
         for i in range(REPEATS):
-            fresh = shutil.copyfile(path, path.with_name(f"{i}.json"))  # no earlier merge to be taken out
+            fresh = shutil.copyfile(
+                path, path.with_name(f"{i}.json")
+            )  # a copy without an earlier merge, which would have to be removed
             merged.append(_cpu_seconds(lambda fresh=fresh: merge_in_place(fresh, [recording])))
             fresh.unlink()
         merged.sort()
@@ -57,7 +59,7 @@ def _merge_steps(bench: Bench, steps: int) -> tuple[float, str]:
 
 
 def _cpu_seconds(work: Callable[[], None]) -> float:
-    """Of the processor, so that a busy machine does not count."""
+    """Return CPU time, on which other load has little influence."""
     started = time.process_time()
     work()
     return time.process_time() - started
@@ -81,7 +83,7 @@ print(status("VmHWM") - before)
 
 
 def merge_memory(bench: Bench) -> None:
-    """Peak memory of merging into a real H200 trace grown to 500 MB, in a process of its own (Linux)."""
+    """Measure peak memory of merging into a real H200 trace grown to 500 MB, in a separate process (Linux)."""
     source = Path(__file__).resolve().parents[1] / "tests/data/h200/prefill_grouped_mm.pt.trace.json.gz"
     with tempfile.TemporaryDirectory() as folder:
         large = Path(folder) / "large.json"
@@ -96,7 +98,9 @@ def merge_memory(bench: Bench) -> None:
 
 def grow_trace(trace: bytes, target: Path, size: int) -> None:
     """Repeat a merged trace's events, without what merging added, until the file has about `size` bytes."""
-    splice = json.loads(trace)["moe_trace"]["splice"]  # of an older release, as these files are
+    splice = json.loads(trace)["moe_trace"][
+        "splice"
+    ]  # the format of the older release that wrote these files
     start = trace.index(b"[", trace.index(b'"traceEvents"')) + 1
     events = trace[start : splice["events_offset"]]
     rest = trace[splice["events_offset"] + splice["events_bytes"] : splice["key_offset"]]

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""How fast and how lean `moe-trace merge` is on the big traces of two ranks, and reading what it wrote.
+"""Measure time and memory of `moe-trace merge` on big traces of two ranks, and of reading its output.
 
     python scripts/bench_merge_ranks.py --mb 250
 
-A real H200 trace from tests/data is grown by repetition, once for each rank; each repetition holds one
-all-reduce that both ranks share, with rank 1's clock off by a known amount. Each command runs in a process of
-its own.
+A real H200 trace from tests/data is grown by repetition, once for each rank. Each repetition contains one
+all-reduce that both ranks share. Rank 1's clock has a known offset. Each command runs in a separate process.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ CLOCK_OFF_US = 1234.5
 
 
 def shared_collective(rank: int) -> list[dict[str, Any]]:
-    """An all-reduce with its launch and kernel, on the trace's own thread, where its router starts."""
+    """Return the events of an all-reduce, its launch and its kernel, on the trace's thread where its router starts."""
     events = msgspec.json.decode(gzip.decompress(SOURCE.read_bytes()))["traceEvents"]
     router = next(e for e in events if str(e.get("name")).startswith("moe.router/") and e["ph"] == "X")
     place = {"pid": router["pid"], "tid": router["tid"]}
@@ -61,7 +60,7 @@ def shared_collective(rank: int) -> list[dict[str, Any]]:
 
 
 def write_ranks(folder: Path, size_mb: int) -> None:
-    """The traces of both ranks."""
+    """Write the traces of both ranks."""
     for rank in range(RANKS):
         write_big(
             folder / f"rank{rank}.pt.trace.json",
@@ -74,7 +73,7 @@ def write_ranks(folder: Path, size_mb: int) -> None:
 
 
 def bench(folder: Path, out: Path, rounds: int) -> str:
-    """The table: median seconds and the largest peak of memory."""
+    """Return the table: median seconds and largest peak memory."""
     command = [sys.executable, "-m", "moe_trace"]
     plain, packed = out / "merged.json", out / "merged.json.gz"
     contestants = {

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What moe_trace costs, as ratios within one run: A B A B ..., medians, spread.
+"""Measure the overhead of moe_trace as ratios of alternating bare and traced steps within one run.
 
     python scripts/bench_overhead.py                    # a small model on the CPU
     python scripts/bench_overhead.py --device cuda      # OLMoE-1B-7B's true shape, random weights
     python scripts/bench_overhead.py --only prefill,decode1,usual --markdown table.md
 
-Each pair runs the same step bare and traced, one after the other; a row is the median of the pairs'
-ratios, with their quartiles. "profiler" rows compare a step under torch.profiler with and without us.
+Each pair runs the same step bare and traced, one after the other. A row is the median of the pairs' ratios
+with their quartiles. "profiler" rows compare steps under torch.profiler with and without moe_trace.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pairs of bare and traced steps within one run: what the benchmarks of the recording half share."""
+"""Time pairs of bare and traced steps within one run, for the benchmarks of recording."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ SMALL_SHAPE = TRUE_SHAPE | {
 }
 
 WARM_UP = 6
-"""Steps inside a context before it is timed. In the first, hooks are installed; in the first five, a tracer
-copies the choices of each router, until it knows that their memory is not written to again."""
+"""Steps inside a context before it is timed. The first one installs hooks. During the first five, a tracer copies
+the choices of each router, until it knows that their memory is not overwritten."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison."""
+    """Result of one comparison."""
 
     workload: str
     bare_ms: float
@@ -57,13 +57,13 @@ class Row:
     low: float
     high: float
     fastest: float
-    """Fastest traced step over fastest bare one: what is left when other work on the machine only adds."""
+    """Fastest traced step divided by the fastest bare step, which other load on the machine disturbs least."""
     pairs: int
     bound: float | None
 
 
 class Bench:
-    """The model and how to time a step on its device."""
+    """The model, and methods to time steps on its device."""
 
     def __init__(self, device: str, pairs: int) -> None:
         self.device, self.pairs = device, pairs
@@ -77,7 +77,7 @@ class Bench:
         self.notes: list[str] = []
 
     def note(self, text: str) -> None:
-        """A figure that is no ratio of two steps."""
+        """Print and keep a measurement that is not a ratio of two steps."""
         self.notes.append(text)
         print(f"  {text}", flush=True)
 
@@ -87,8 +87,8 @@ class Bench:
         return torch.randint(0, vocabulary, (batch, length), generator=generator).to(self.device)
 
     def seconds(self, step: Step, *, of_host: bool = False) -> float:
-        """How long a step takes, or how long this thread works at it: others then do not count,
-        nor does waiting for the device."""
+        """Return the wall time of a step, or with `of_host` the CPU time of this thread, which excludes other
+        threads and waiting for the device."""
         self.synchronize()
         clock = time.thread_time if of_host else time.perf_counter
         started = clock()
@@ -114,12 +114,12 @@ class Bench:
         of_host: bool = False,
         warm_up: int = WARM_UP,
     ) -> None:
-        """A row: the median of the pairs' ratios, and their quartiles. Noisy workloads want more pairs."""
+        """Add a row: median and quartiles of the pairs' ratios. Noisy workloads need more `pairs`."""
         how = {"repeat": repeat, "pairs": pairs, "of_host": of_host, "warm_up": warm_up}
         self.add_row(workload, self.pairs_of(step, bare=bare, traced=traced, **how), bound)
 
     def add_row(self, workload: str, found: Sequence[tuple[float, float]], bound: float | None) -> None:
-        """A row from the (bare, traced) seconds of each pair."""
+        """Add a row from the (bare, traced) seconds of each pair."""
         ratios = sorted(b / a for a, b in found)
         quartiles = statistics.quantiles(ratios, n=4)
         row = Row(
@@ -146,16 +146,16 @@ class Bench:
         around_bare: Callable[[Any], Any] = nullcontext,
         repeat: int = 64,
     ) -> None:
-        """Two rows, of the clock and of this thread's CPU time: single steps of two models take turns.
+        """Add two rows, of wall time and of this thread's CPU time, from alternating single steps of two models.
 
-        A host whose speed drifts by percents within a second shows nothing else of a step that it bounds. The
-        second model has the weights of the first and a tracer, which is on all the time; a pair is the sum of
-        `repeat` steps of each, so that what is done once for many of them is in it.
+        The speed of a host may drift by percents within a second, which would hide the cost in a host-bound
+        step. The second model shares the weights of the first and has a tracer that is on all the time. A
+        pair is the sum of `repeat` steps of each, so it includes work that is done once for many steps.
 
         Args:
-            make_step: from a model.
-            around: from the second model: the context in which both run.
-            around_bare: the same of the first.
+            make_step: makes the step from a model.
+            around: makes the context in which both run from the second model.
+            around_bare: the same from the first model.
         """
         weights = {id(one): one for one in (*self.model.parameters(), *self.model.buffers())}
         other = copy.deepcopy(self.model, dict(weights))
@@ -180,7 +180,7 @@ class Bench:
             self.add_row(workload + clock, [(a / repeat, b / repeat) for a, b in found], bound)
 
     def _both_seconds(self, step: Step) -> tuple[float, float]:
-        """By the clock, until the device is done, and by this thread's CPU time, without that wait."""
+        """Return wall time until the device is done, and CPU time of this thread without that wait."""
         self.synchronize()
         started, began = time.perf_counter(), time.thread_time()
         step()
@@ -199,7 +199,7 @@ class Bench:
         of_host: bool = False,
         warm_up: int = WARM_UP,
     ) -> list[tuple[float, float]]:
-        """(bare, traced) seconds a step: `repeat` steps inside each context, one context after the other."""
+        """Return (bare, traced) seconds per step, from `repeat` steps in each context in turn."""
 
         def steps() -> None:
             for _ in range(repeat):
@@ -226,7 +226,7 @@ class Bench:
 
 @contextmanager
 def on_one_core() -> Iterator[None]:
-    """This thread, so that no scheduler moves it within a pair; does nothing but on Linux."""
+    """Pin this thread, so that the scheduler does not move it within a pair. Only has an effect on Linux."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -266,7 +266,7 @@ def prefill_step(bench: Bench) -> Step:
 
 
 def decode_step(bench: Bench, model: Any = None) -> Step:
-    """The cache grows by a token a step; pairs are neighbours, so both halves see the same growth."""
+    """Make a decode step. Its cache grows by one token per step, equally for both halves of a pair."""
     model = bench.model if model is None else model
     with torch.no_grad():
         cache = model(bench.tokens(1, 128), use_cache=True).past_key_values

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Which JSON parser the reading half is built on: time and memory of each for the fields that are needed.
+"""Compare time and memory of JSON parsers on the fields that reading a trace needs.
 
-python -m pip install orjson ijson pysimdjson     # the contestants; those that are missing are left out
+python -m pip install orjson ijson pysimdjson     # the contestants; missing ones are skipped
 python scripts/bench_parsers.py --mb 270
 """
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What recording costs a training step that is split over processes: A B A B ..., and its collectives.
+"""Measure the overhead of recording a training step that is split over processes, and its collectives.
 
     torchrun --standalone --nproc-per-node 2 scripts/bench_ranks.py                  # small, over gloo
     torchrun --standalone --nproc-per-node 2 scripts/bench_ranks.py --device cuda    # OLMoE-1B-7B's shape
 
-A pair is the same steps bare and with `MoETracer` on, one after the other; its time is that of the slowest
-rank. Printed are the median of the pairs' ratios with its quartiles, and how many collectives every process
-group was given in a bare and in a traced step: their difference must be 0. Exit code 1 if it is not.
+A pair is the same steps bare and under `MoETracer`, one after the other. Its time is that of the slowest rank.
+Prints the median of the pairs' ratios with its quartiles, and the number of collectives of a bare and of a
+traced step in all process groups. The exit code is 1 if these numbers differ.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 
 def load(worker: Worker, device: torch.device, split: Split) -> Any:
-    """The model's part of this process, random weights."""
+    """Load this process's part of the model, with random weights."""
     config = {"model_type": "olmoe", "architectures": ["OlmoeForCausalLM"]}
     config |= TRUE_SHAPE if device.type == "cuda" else SMALL_SHAPE
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -59,14 +59,14 @@ def training_step(model: Any, device: torch.device, batch: int, length: int, see
 
 
 def slowest_s(seconds: float) -> float:
-    """Over all ranks."""
+    """Return the maximum over all ranks."""
     times: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(times, seconds)
     return float(max(times))
 
 
 def timed(step: Callable[[], None], context: Context, device: torch.device, repeat: int) -> float:
-    """Seconds a step, the slowest rank's."""
+    """Return seconds per step of the slowest rank."""
     with context():
         for _ in range(WARM_UP):
             step()
@@ -86,7 +86,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def collectives(step: Callable[[], None], context: Context) -> int:
-    """How many collectives one step, with entering and leaving the context, gives to all process groups."""
+    """Return the number of collectives of one step in all process groups, including context entry and exit."""
     groups = list(distributed.distributed_c10d._world.pg_map)
     before = sum(group._get_sequence_number_for_group() for group in groups)
     with context():
@@ -124,7 +124,7 @@ def measure(worker: Worker, device: torch.device, split: Split, arguments: argpa
         order: list[Context] = [nullcontext, traced] if i % 2 == 0 else [traced, nullcontext]
         times = {context: timed(step, context, device, arguments.repeat) for context in order}
         pairs.append((times[nullcontext], times[traced]))
-        if worker.is_rank0:  # a run that is cut off has these to show
+        if worker.is_rank0:  # shown even if the run is interrupted
             bare_ms, traced_ms = (1e3 * seconds for seconds in pairs[-1])
             print(
                 f"pair {i + 1}: {bare_ms:.3f} ms, {traced_ms:.3f} ms, {traced_ms / bare_ms:.4f}", flush=True

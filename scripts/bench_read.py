@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How fast and how lean `moe-trace report` is on a big trace, against HolisticTraceAnalysis and a bare parse.
+"""Compare `moe-trace report` on a big trace with HolisticTraceAnalysis and a bare parse: time and memory.
 
     python scripts/bench_read.py --mb 500 --out docs/performance_read.md
 
-A real H200 trace from tests/data is grown by repetition (times, correlations and ids go on), written in
-Kineto's own layout and merged again. Each contestant runs in a process of its own, in turn.
+A real H200 trace from tests/data is grown by repetition (timestamps, correlations and ids continue), written in
+Kineto's layout and merged again. Each contestant runs in a separate process, in turn.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Run:
 
 
 def grown(events: list[dict[str, Any]], repeat: int) -> Iterator[bytes]:
-    """The events of one repetition, in the layout that Kineto writes."""
+    """Yield the events of one repetition in Kineto's layout."""
     for event in events:
         copy = dict(event)
         if event.get("ph") != "M":
@@ -78,11 +78,11 @@ def grown(events: list[dict[str, Any]], repeat: int) -> Iterator[bytes]:
 
 
 def write_big(path: Path, size_mb: int, more: Sequence[dict[str, Any]] = (), **changes: Any) -> Recording:
-    """Grow the source to a size and merge the routing into it.
+    """Grow the source to `size_mb` and merge the routing into it.
 
     Args:
-        more: events beside the source's own, in every repetition.
-        changes: to the recording, e.g. its rank.
+        more: events that every repetition has in addition to the source's.
+        changes: fields of the recording to replace, e.g. its rank.
     """
     trace = msgspec.json.decode(gzip.decompress(SOURCE.read_bytes()))
     recording = read_recording(SOURCE)
@@ -116,7 +116,7 @@ def write_big(path: Path, size_mb: int, more: Sequence[dict[str, Any]] = (), **c
 
 
 def measure(command: list[str]) -> Run:
-    """Run a process to its end."""
+    """Run a process to completion."""
     start = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def bench(path: Path, packed: Path, rounds: int, *, with_hta: bool) -> str:
-    """The table, contestants in turn so that a busy machine hits all alike."""
+    """Return the table. Contestants run in turn, so that other load affects all of them equally."""
     python = sys.executable
     contestants = {
         "python, nothing else": [python, "-c", "pass"],

@@ -1,8 +1,8 @@
-"""How long the analyses of recorded routes take, and how much memory: a million tokens, OLMoE-1B-7B's shape.
+"""Measure time and memory of the analyses of routes: a million tokens, OLMoE-1B-7B's shape.
 
-The routes are drawn, not recorded: experts by Zipf's law, other ones in each layer, and half of a token's
-experts those of the token before it. Each command runs in a process of its own, which reads the file; wall
-time, CPU time and peak memory (`getrusage`) are those of that process.
+The routes are drawn at random: experts follow Zipf's law, in a different order in each layer, and half of a
+token's experts are those of the previous token. Each command reads the file in a separate process, whose wall
+time, CPU time and peak memory (`getrusage`) are measured.
 
     python scripts/bench_routes.py --tokens 1000000 --layers 16 --experts 64 --top-k 8
 """
@@ -27,15 +27,15 @@ CHUNK = 1 << 15
 
 
 def drawn(tokens: int, layers: int, experts: int, top_k: int, *, seed: int) -> RecordedRoutes:
-    """Sequences of `LENGTH` tokens, decoded one after the other."""
+    """Draw the routes of sequences of `LENGTH` tokens, decoded one after the other."""
     random = np.random.default_rng(seed)
     ids = np.empty((tokens, layers, top_k), id_type(experts))
     for layer in range(layers):
         popularity = random.permutation(1 / (np.arange(experts) + 4.0) ** 0.7)
         for start in range(0, tokens, CHUNK):
             part = ids[start : start + CHUNK, layer]
-            # Gumbel noise and the largest k: k different experts by popularity. Half of the experts keep
-            # their noise for the next token.
+            # The largest k after adding Gumbel noise are k different experts, drawn by popularity. Half of
+            # the experts keep their noise for the next token.
             noise = random.gumbel(size=(len(part), experts))
             stays = random.random(noise.shape) < 0.5
             stays[0] = False
@@ -59,7 +59,7 @@ def drawn(tokens: int, layers: int, experts: int, top_k: int, *, seed: int) -> R
 
 
 def measured(command: list[str]) -> tuple[float, float, float, int]:
-    """Seconds by the clock and of the CPU, peak MiB and exit status of a process of its own."""
+    """Run a process and return its wall and CPU seconds, peak MiB and exit status."""
     start = time.perf_counter()
     child = os.fork()
     if child == 0:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What recording routes costs the model, as ratios within one run: A B A B ..., medians, spread.
+"""Measure the overhead of recording routes as ratios of alternating forwards within one run.
 
     python scripts/bench_routes_cost.py                  # a small model on the CPU
     python scripts/bench_routes_cost.py --device cuda    # OLMoE-1B-7B's true shape, random weights
 
-Each pair runs the same forwards without a tracer and with one, in turns; see `bench_overhead.py`.
+Each pair runs the same forwards without a tracer and with one, in turn; see `bench_overhead.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
         "routes, weights, token ids": (Routes(weights=True, token_ids=True), None),
     }
     for way, (routes, bound) in ways.items():
-        # As many forwards as are copied to the host several times.
+        # Enough forwards for several copies to the host.
         bench.compare(
             f"{name}, {way}", step, bare=nothing, traced=hooked(bench, routes=routes), bound=bound, repeat=24
         )

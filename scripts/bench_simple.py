@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What `MoEProfiler` adds to a router call, beside a loop over tokens in Python.
+"""Compare the cost of `MoEProfiler` per router call with a Python loop over tokens.
 
     python scripts/bench_simple.py                     # 2048 tokens, 64 experts, top-8, on the CPU
     python scripts/bench_simple.py --device cuda
 
 Per router call, medians over repeats:
-  hooks    what the hooks add to the host's time inside the forward, the reduction left out
-  reduce   the reduction to figures at the end of a forward, divided by its calls (on a GPU: launching it)
-  naive    the same counts by a Python loop over the tokens of one call, as early profilers had it
+  hooks    host time of the hooks inside the forward, without the reduction
+  reduce   the reduction to metrics at the end of a forward, divided by its calls (on a GPU: its launch)
+  naive    the same counts by a Python loop over the tokens of one call, as in early profilers
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class Cost:
 
 
 class SkipExperts(nn.Module):
-    """Takes the place of the experts: their time, of seconds on a CPU, would drown what is measured."""
+    """Replacement of the experts, whose time of seconds on a CPU would hide what is measured."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The input, untouched."""
+        """Return the input unchanged."""
         return hidden_states
 
 
 def build(device: str) -> Any:
-    """OLMoE's routing sizes with small matrices elsewhere."""
+    """Build a model with OLMoE's routing sizes and small matrices elsewhere."""
     torch.manual_seed(0)
     config = OlmoeConfig(
         hidden_size=64,
@@ -69,7 +69,7 @@ def build(device: str) -> Any:
 
 
 def bench(device: str, tokens: int, repeats: int) -> list[Cost]:
-    """The three costs, interleaved."""
+    """Measure the three costs, interleaved."""
     model = build(device)
     ids = torch.randint(0, 128, (1, tokens), device=device)
     taken: dict[str, list[float]] = {"hooks": [], "reduce": [], "naive": []}
@@ -83,7 +83,7 @@ def bench(device: str, tokens: int, repeats: int) -> list[Cost]:
 
 
 def naive_counts(index_TK: Tensor) -> Counter[int]:
-    """Assignments per expert, token by token."""
+    """Count assignments per expert, token by token."""
     counts: Counter[int] = Counter()
     for token in range(index_TK.shape[0]):
         for slot in range(index_TK.shape[1]):
@@ -92,7 +92,7 @@ def naive_counts(index_TK: Tensor) -> Counter[int]:
 
 
 def _hooks_and_reduction_ms(model: Any, ids: Tensor) -> tuple[float, float]:
-    """Time spent in our own functions during one forward: exact, where a difference of forwards is noise."""
+    """Return time spent in our own functions during one forward; a difference of two forwards would be noise."""
     profiler = MoEProfiler(model)
     spent = {"hooks": 0.0, "reduce": 0.0}
     for hooks in profiler.tracer._hooks.routers:
@@ -107,7 +107,7 @@ def _hooks_and_reduction_ms(model: Any, ids: Tensor) -> tuple[float, float]:
             model(ids)
         profiler.tracer._recorder.reduce()
     calls = 3 * LAYERS
-    # What a hook spends in a reduction that it triggers is the reduction's.
+    # The time of a reduction that a hook triggers counts as reduction.
     return spent["hooks"] / calls, spent["reduce"] / calls
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""What moe_trace costs in the real vLLM engine: two engines, one without it and one with it, answer in turn.
+"""Measure the overhead of moe_trace in the real vLLM engine, with two engines that answer in turn.
 
     python scripts/bench_vllm.py [--only idle,...] [--pairs 15]
 
-Run it with an environment that has vLLM. Both engines live side by side, each in a process of its own with
-one thread, and answer the same requests A B A B; a ratio is that of two neighbours, so that what else the
-machine does falls on both. Printed are the median and the quartiles, of CPU time, which other processes add
-little to, and of the clock.
+Run it in an environment that has vLLM. One engine has moe_trace and one does not. Each runs in a separate
+process with one thread, and they answer the same requests alternately. A ratio compares two consecutive answers,
+so that other load affects both. Prints the median and the quartiles of the ratios of CPU time, to which other
+processes add little, and of wall time.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ MODEL = {
 
 @dataclass(frozen=True)
 class Case:
-    """What the second engine has beside the first."""
+    """What the second engine has in addition to the first."""
 
     name: str
     says: str
     configured: bool = False
-    """Whether vLLM's torch profiler is configured, in both."""
+    """Whether vLLM's torch profiler is configured, in both engines."""
     compiled: bool = False
     profiled: bool = False
-    """Whether the requests are answered under it, in both."""
+    """Whether the requests are answered under that profiler, in both engines."""
     itself: bool = False
-    """Two engines of one kind, both without moe_trace: what no difference looks like."""
+    """Whether both engines are without moe_trace, which shows how much equal engines differ."""
 
 
 CASES = (
@@ -79,7 +79,7 @@ CASES = (
 
 
 def engine(case: Case, folder: Path) -> None:
-    """The child: an engine that answers once for each line of its input, and says what that took."""
+    """Run the child: an engine that answers once for each line of its input and prints what that took."""
     if os.environ["MOE_TRACE_VLLM"] == "1":
         from moe_trace.integrations.vllm.plugin import register
 
@@ -120,12 +120,12 @@ def engine(case: Case, folder: Path) -> None:
 
 
 def say(values: dict[str, Any]) -> None:
-    """One line that the parent knows among vLLM's own."""
+    """Print one line that the parent can distinguish from vLLM's output."""
     print("@" + json.dumps(values), flush=True)
 
 
 class Engine:
-    """A child, as the parent sees it."""
+    """The parent's view of a child process."""
 
     def __init__(self, case: Case, folder: Path, *, with_us: bool) -> None:
         self.log = (folder.parent / f"{folder.name}.log").open("w", encoding="utf-8")
@@ -149,7 +149,7 @@ class Engine:
         )
 
     def heard(self) -> dict[str, Any]:
-        """Its next line to us."""
+        """Return the child's next line to the parent."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("@"):
@@ -157,34 +157,34 @@ class Engine:
         raise SystemExit(f"an engine ended; see {self.log.name}")
 
     def answer(self) -> dict[str, Any]:
-        """Have it answer once."""
+        """Let the child answer once."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return self.heard()
 
     def end(self) -> None:
-        """Close its input, which ends it."""
+        """End the child by closing its input."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(60)
 
 
 def spread(values: list[float]) -> str:
-    """Median (first quartile to third)."""
+    """Format the median with the first and the third quartile."""
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def compare(case: Case, pairs: int, folder: Path) -> None:
-    """Print the row of a case."""
+    """Measure a case and print its row."""
     engines = [
         Engine(case, folder / f"{case.name}-{side}", with_us=side == "b" and not case.itself) for side in "ab"
     ]
     for one in engines:
         one.heard()
     for one in engines:
-        one.answer()  # the first of each is colder
+        one.answer()  # the first answer of each engine is slower
     took = [[one.answer() for one in engines] for _ in range(pairs)]
     for one in engines:
         one.end()
@@ -201,7 +201,7 @@ def compare(case: Case, pairs: int, folder: Path) -> None:
 
 
 def main() -> None:
-    """Parse, and compare case by case."""
+    """Parse the options and compare case by case."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
