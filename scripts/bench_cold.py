@@ -6,8 +6,8 @@
     python scripts/bench_cold.py --device cpu --pairs 2  # a smoke test: a small model
 
 Every process starts with empty caches of Triton and Inductor. It measures the time of the first step divided
-by that of the second, bare (torch.profiler alone) or traced (with moe_trace). The result is the ratio of traced
-to bare. Each step has its own profiler session, whose trace gives the duration of our longest range.
+by that of the second, bare (torch.profiler alone) or traced (with moe_trace). The result is the ratio of
+traced to bare. Each step has its own profiler session, whose trace gives the duration of our longest range.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ class Child:
     def profile_twice(
         self, part: str, step: Callable[[], None], tracer: Any = None, *, ours: bool = True
     ) -> None:
-        """Time two profiled steps, with `moe_trace.profile` if `ours`, else with torch's profiler and `tracer`."""
+        """Time two profiled steps, by `moe_trace.profile` if `ours`, else by torch's with `tracer`."""
         self.parts[part], self.own_ms[part] = [], []
         for which in range(2):
             with tempfile.TemporaryDirectory() as folder:
@@ -351,7 +351,7 @@ def repeat(times: int, step: Callable[[], None]) -> None:
 
 
 def longest_own_range_ms(trace: Path) -> float:
-    """Return the longest range of our own work; those around routers and experts contain the model's kernels."""
+    """Return the longest range of our own work, not of routers and experts, which run the model's kernels."""
     from moe_trace.data.schema import OVERHEAD_RANGE
 
     events = json.loads(trace.read_bytes())["traceEvents"]

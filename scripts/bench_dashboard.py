@@ -3,9 +3,9 @@
     python scripts/bench_dashboard.py [--layers 16 --experts 128 --steps 1000] [--browser]
 
 The trace is written by the same merge as real traces. The exit status is 1 if a bound is exceeded: the first
-view within 2 s with a warm cache, a step of the slider within 100 ms, at most 2 MB per view. Times are those of
-the server, including HTTP and JSON. With --browser they are also measured in a real Chromium, until the page is
-drawn.
+view within 2 s with a warm cache, a step of the slider within 100 ms, at most 2 MB per view. Times are those
+of the server, including HTTP and JSON. With --browser they are also measured in a real Chromium, until the
+page is drawn.
 """
 
 from __future__ import annotations

@@ -19,10 +19,11 @@ import moe_trace
 
 
 class CompiledDecode:
-    """Decode of one token per sequence without a cache, with the whole model compiled (on a GPU with CUDA graphs).
+    """Decode of one token per sequence, no cache, whole model compiled (on a GPU with CUDA graphs).
 
-    The compiler rounds differently if the tracer's work is in the graph. With random weights other experts are
-    then chosen, and the time of a grouped product depends on them. A single token would measure that, too.
+    The compiler rounds differently if the tracer's work is in the graph. With random weights other experts
+    are then chosen, and the time of a grouped product depends on them. A single token would measure that,
+    too.
     """
 
     STEPS = 50
@@ -148,14 +149,14 @@ def scalars(bench: Bench) -> None:
 
 
 def usual(bench: Bench) -> None:
-    """Measure common naive hooks for comparison: one that synchronizes, and one that loops over the tokens."""
+    """Measure common naive hooks for comparison: one synchronizes, and one loops over the tokens."""
 
     def counting(look: Callable[[torch.Tensor], Any]) -> Callable[[], Any]:
         @contextmanager
         def use() -> Iterator[None]:
             def hook(
                 module: Any, args: Any
-            ) -> None:  # returns nothing, because a return value would replace the arguments
+            ) -> None:  # a return value would replace the arguments
                 look(args[1])
 
             handles = [

@@ -10,8 +10,8 @@ measured, because other load adds to wall time. Prints medians of the ratios. Th
 excludes the deferred reduction; the second includes it.
 
 With `--in-turn` each variant has its own model, and single forwards of all variants alternate within a few
-milliseconds. Prints the fastest 2 % and 10 % of the forwards of each variant, which other load disturbed least.
-Few of these take part in a reduction, or in processing the events of earlier forwards.
+milliseconds. Prints the fastest 2 % and 10 % of the forwards of each variant, which other load disturbed
+least. Few of these take part in a reduction, or in processing the events of earlier forwards.
 """
 
 from __future__ import annotations

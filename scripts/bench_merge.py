@@ -45,9 +45,7 @@ def _merge_steps(bench: Bench, steps: int) -> tuple[float, str]:
         size_mb = path.stat().st_size / 1e6
         merged = []
         for i in range(REPEATS):
-            fresh = shutil.copyfile(
-                path, path.with_name(f"{i}.json")
-            )  # a copy without an earlier merge, which would have to be removed
+            fresh = shutil.copyfile(path, path.with_name(f"{i}.json"))  # contains no earlier merge to remove
             merged.append(_cpu_seconds(lambda fresh=fresh: merge_in_place(fresh, [recording])))
             fresh.unlink()
         merged.sort()
@@ -83,7 +81,7 @@ print(status("VmHWM") - before)
 
 
 def merge_memory(bench: Bench) -> None:
-    """Measure peak memory of merging into a real H200 trace grown to 500 MB, in a separate process (Linux)."""
+    """Measure peak memory of merging into a real H200 trace grown to 500 MB, in its own process (Linux)."""
     source = Path(__file__).resolve().parents[1] / "tests/data/h200/prefill_grouped_mm.pt.trace.json.gz"
     with tempfile.TemporaryDirectory() as folder:
         large = Path(folder) / "large.json"
@@ -100,7 +98,7 @@ def grow_trace(trace: bytes, target: Path, size: int) -> None:
     """Repeat a merged trace's events, without what merging added, until the file has about `size` bytes."""
     splice = json.loads(trace)["moe_trace"][
         "splice"
-    ]  # the format of the older release that wrote these files
+    ]  # the format of an older release, which wrote these files
     start = trace.index(b"[", trace.index(b'"traceEvents"')) + 1
     events = trace[start : splice["events_offset"]]
     rest = trace[splice["events_offset"] + splice["events_bytes"] : splice["key_offset"]]

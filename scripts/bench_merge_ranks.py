@@ -34,7 +34,7 @@ CLOCK_OFF_US = 1234.5
 
 
 def shared_collective(rank: int) -> list[dict[str, Any]]:
-    """Return the events of an all-reduce, its launch and its kernel, on the trace's thread where its router starts."""
+    """Return an all-reduce with its launch and kernel, on the thread and at the start of a router."""
     events = msgspec.json.decode(gzip.decompress(SOURCE.read_bytes()))["traceEvents"]
     router = next(e for e in events if str(e.get("name")).startswith("moe.router/") and e["ph"] == "X")
     place = {"pid": router["pid"], "tid": router["tid"]}

@@ -42,8 +42,8 @@ SMALL_SHAPE = TRUE_SHAPE | {
 }
 
 WARM_UP = 6
-"""Steps inside a context before it is timed. The first one installs hooks. During the first five, a tracer copies
-the choices of each router, until it knows that their memory is not overwritten."""
+"""Steps inside a context before it is timed. The first one installs hooks. During the first five, a tracer
+copies the choices of each router, until it knows that their memory is not overwritten."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Row:
     low: float
     high: float
     fastest: float
-    """Fastest traced step divided by the fastest bare step, which other load on the machine disturbs least."""
+    """Fastest traced step divided by the fastest bare step, which other load disturbs least."""
     pairs: int
     bound: float | None
 
@@ -146,7 +146,7 @@ class Bench:
         around_bare: Callable[[Any], Any] = nullcontext,
         repeat: int = 64,
     ) -> None:
-        """Add two rows, of wall time and of this thread's CPU time, from alternating single steps of two models.
+        """Add two rows, wall time and this thread's CPU time, from alternating single steps of two models.
 
         The speed of a host may drift by percents within a second, which would hide the cost in a host-bound
         step. The second model shares the weights of the first and has a tracer that is on all the time. A

@@ -4,9 +4,9 @@
     torchrun --standalone --nproc-per-node 2 scripts/bench_ranks.py                  # small, over gloo
     torchrun --standalone --nproc-per-node 2 scripts/bench_ranks.py --device cuda    # OLMoE-1B-7B's shape
 
-A pair is the same steps bare and under `MoETracer`, one after the other. Its time is that of the slowest rank.
-Prints the median of the pairs' ratios with its quartiles, and the number of collectives of a bare and of a
-traced step in all process groups. The exit code is 1 if these numbers differ.
+A pair is the same steps bare and under `MoETracer`, one after the other. Its time is that of the slowest
+rank. Prints the median of the pairs' ratios with its quartiles, and the number of collectives of a bare and
+of a traced step in all process groups. The exit code is 1 if these numbers differ.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def collectives(step: Callable[[], None], context: Context) -> int:
-    """Return the number of collectives of one step in all process groups, including context entry and exit."""
+    """Return the number of collectives of one step in all process groups, with entering and leaving the context."""
     groups = list(distributed.distributed_c10d._world.pg_map)
     before = sum(group._get_sequence_number_for_group() for group in groups)
     with context():

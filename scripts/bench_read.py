@@ -3,8 +3,8 @@
 
     python scripts/bench_read.py --mb 500 --out docs/performance_read.md
 
-A real H200 trace from tests/data is grown by repetition (timestamps, correlations and ids continue), written in
-Kineto's layout and merged again. Each contestant runs in a separate process, in turn.
+A real H200 trace from tests/data is grown by repetition (timestamps, correlations and ids continue), written
+in Kineto's layout and merged again. Each contestant runs in a separate process, in turn.
 """
 
 from __future__ import annotations

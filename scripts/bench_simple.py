@@ -92,7 +92,7 @@ def naive_counts(index_TK: Tensor) -> Counter[int]:
 
 
 def _hooks_and_reduction_ms(model: Any, ids: Tensor) -> tuple[float, float]:
-    """Return time spent in our own functions during one forward; a difference of two forwards would be noise."""
+    """Return time in our own functions during a forward; a difference of two forwards would be noise."""
     profiler = MoEProfiler(model)
     spent = {"hooks": 0.0, "reduce": 0.0}
     for hooks in profiler.tracer._hooks.routers:

@@ -4,9 +4,9 @@
     python scripts/bench_vllm.py [--only idle,...] [--pairs 15]
 
 Run it in an environment that has vLLM. One engine has moe_trace and one does not. Each runs in a separate
-process with one thread, and they answer the same requests alternately. A ratio compares two consecutive answers,
-so that other load affects both. Prints the median and the quartiles of the ratios of CPU time, to which other
-processes add little, and of wall time.
+process with one thread, and they answer the same requests alternately. A ratio compares two consecutive
+answers, so that other load affects both. Prints the median and the quartiles of the ratios of CPU time, to
+which other processes add little, and of wall time.
 """
 
 from __future__ import annotations
