@@ -87,7 +87,7 @@ def short(bench: Bench) -> None:
 
 
 class HooksAlone(nn.Module):
-    """As many MoE layers as the model has, whose routers and experts return recorded outputs."""
+    """The model's MoE blocks, with routers that return a stored decision and experts that do nothing."""
 
     def __init__(self, bench: Bench) -> None:
         super().__init__()

@@ -22,8 +22,7 @@ class CompiledDecode:
     """Decode of one token per sequence, no cache, whole model compiled (on a GPU with CUDA graphs).
 
     The compiler rounds differently if the tracer's work is in the graph. With random weights other experts
-    are then chosen, and the time of a grouped product depends on them. A single token would measure that,
-    too.
+    are then chosen, which changes the time of a grouped product. A single token would measure that, too.
     """
 
     STEPS = 50
@@ -154,9 +153,7 @@ def usual(bench: Bench) -> None:
     def counting(look: Callable[[torch.Tensor], Any]) -> Callable[[], Any]:
         @contextmanager
         def use() -> Iterator[None]:
-            def hook(
-                module: Any, args: Any
-            ) -> None:  # a return value would replace the arguments
+            def hook(module: Any, args: Any) -> None:  # a return value would replace the arguments
                 look(args[1])
 
             handles = [

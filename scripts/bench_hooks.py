@@ -90,7 +90,7 @@ class Layers(nn.Module):
 
 
 def fresh_outputs(model: Layers, calls: int = 4096) -> None:
-    """Return other memory in each call, as real routers do, so that nothing has to be copied."""
+    """Let each router call return other memory, as real routers do, so that nothing has to be copied."""
     for layer in model.layers:
         kept = [tuple(t.clone() for t in layer.gate.decided) for _ in range(calls)]
         layer.gate.forward = iter_of(kept)

@@ -96,9 +96,7 @@ def merge_memory(bench: Bench) -> None:
 
 def grow_trace(trace: bytes, target: Path, size: int) -> None:
     """Repeat a merged trace's events, without what merging added, until the file has about `size` bytes."""
-    splice = json.loads(trace)["moe_trace"][
-        "splice"
-    ]  # the format of an older release, which wrote these files
+    splice = json.loads(trace)["moe_trace"]["splice"]  # an older release wrote these files
     start = trace.index(b"[", trace.index(b'"traceEvents"')) + 1
     events = trace[start : splice["events_offset"]]
     rest = trace[splice["events_offset"] + splice["events_bytes"] : splice["key_offset"]]

@@ -86,7 +86,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def collectives(step: Callable[[], None], context: Context) -> int:
-    """Return the number of collectives of one step in all process groups, with entering and leaving the context."""
+    """Count the collectives of one step in all process groups, with entering and leaving the context."""
     groups = list(distributed.distributed_c10d._world.pg_map)
     before = sum(group._get_sequence_number_for_group() for group in groups)
     with context():
