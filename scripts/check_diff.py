@@ -1,4 +1,4 @@
-"""What `moe-trace diff` says of pairs whose truth is known (recorded by `record_diff_pairs.py`), as a table.
+"""Tabulate the verdicts of `moe-trace diff` on pairs with a known difference (see `record_diff_pairs.py`).
 
 python scripts/record_diff_pairs.py pairs && python scripts/check_diff.py pairs
 """
@@ -27,7 +27,7 @@ ROUTING = ("load_", "router_entropy", "confidence")
 
 
 def said(comparison: Comparison) -> dict[str, bool]:
-    """Which sections of the answer name a change."""
+    """Return which sections of the comparison report a change."""
     metrics = {c.metric for c in comparison.changed_metrics}
     of_routing = {m for m in metrics if m.startswith(ROUTING)}
     return {
@@ -42,7 +42,7 @@ def said(comparison: Comparison) -> dict[str, bool]:
 
 
 def judge(a: Path) -> tuple[str | None, list[tuple[str, dict[str, bool], str]]]:
-    """The device of A, and of each of its Bs: which change was planted, what was said, and the details."""
+    """Return the device of A and, for each B, the planted change, the reported changes and details."""
     summary = read_summary(a)
     found = []
     for b in sorted(a.parent.glob(a.name.replace("-a.", "-b-*."))):

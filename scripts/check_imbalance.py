@@ -1,9 +1,9 @@
-"""How often the cost of imbalance claims an effect that is not there (recordings of `record_diff_pairs.py`).
+"""Count false claims of the cost of imbalance, on recordings of `record_diff_pairs.py`.
 
-The times of a recording are given to other calls: all forwards are shifted by the same number of steps, so
-that drift and bursts stay, and the layers change places. Load and time then have nothing to do with each
-other; each verdict other than `cannot tell` or `no effect seen` is a false claim. Beside it, what is said
-of the recordings as they are.
+The durations of a recording are assigned to other calls: all forwards are shifted by the same number of
+steps, which keeps drift and bursts, and the layers are permuted. Load and time are then independent, and each
+verdict other than `cannot tell` or `no effect seen` is a false claim. The verdicts on the unchanged
+recordings are printed for comparison.
 
 python scripts/record_diff_pairs.py pairs && python scripts/check_imbalance.py pairs
 """
@@ -26,19 +26,19 @@ from moe_trace.read.time.imbalance import imbalance_costs
 from moe_trace.read.time.phases import CallTimes
 
 DRAWS = 5
-"""Ways, for each recording, of giving its times to other calls."""
+"""Number of random reassignments of times per recording."""
 VERDICTS = ("costs", "saves", "no effect seen", "cannot tell")
 
 
 def verdict(summary: TraceSummary, times: CallTimes) -> str:
-    """Of the recording's layers together: a claim about one of them is a claim."""
+    """Return the verdict on all layers together, where a claim about one layer counts as a claim."""
     models = imbalance_costs(times, [router.info for router in summary.routers]).models
     found = {model.verdict for model in models}
     return next((one for one in VERDICTS if one in found), "cannot tell")
 
 
 def exchanged(times: CallTimes, rng: np.random.Generator) -> CallTimes:
-    """The same times, of other calls."""
+    """Return the same times, assigned to other calls."""
     calls = times.samples
     layers, layer = np.unique(calls.router, return_inverse=True)
     forwards, forward = np.unique(calls.call, return_inverse=True)
@@ -52,7 +52,7 @@ def exchanged(times: CallTimes, rng: np.random.Generator) -> CallTimes:
 
 
 def judge(path: Path) -> tuple[str | None, str, list[str]]:
-    """The device, the verdict on the recording as it is, and those on its times given to other calls."""
+    """Return the device, the verdict on the recording, and the verdicts on its reassigned times."""
     summary = read_summary(path)
     if summary.times is None:
         raise SystemExit(f"{path}: no times of calls")

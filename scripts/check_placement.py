@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""How right the model behind `moe-trace placement` is, against the all-to-alls of a real run.
+"""Check the model behind `moe-trace placement` against the all-to-alls of a real run.
 
     torchrun --nproc-per-node 2 scripts/record_ep_steps.py --out runs/ep
     python scripts/check_placement.py runs/ep
 
-FOLDER holds one trace a rank of a run with expert parallelism by all-to-all, recorded with `record_shapes`
-(gloo) or over NCCL, which always tells split sizes. What each rank received is read from the collective's
-own arguments, nothing else; what it should have received from the recorded counts and contiguous placement:
+FOLDER contains one trace per rank of a run with expert parallelism by all-to-all. It was recorded with
+`record_shapes` (gloo) or over NCCL, which always records split sizes. The rows that each rank received are
+read from the arguments of the collective alone. They are compared with the recorded counts under contiguous
+placement:
 
-    same steps     the load per rank, call by call: must be exact
-    other steps    the load per rank of the steps judged, from those chosen: the error of planning
-    moved          slots that left their rank: the model has (R - 1) / R of all
+    same steps     load per rank, call by call: must be exact
+    other steps    load per rank of the judged steps, predicted from the chosen ones: the error of planning
+    moved          slots that left their rank: the model assumes (R - 1) / R of all
 
-Exit status 1 where the first is not exact.
+The exit status is 1 if the first is not exact.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ WHOLE_NUMBERS = ("long int", "long", "int", "Long", "Int")
 
 @dataclass(frozen=True)
 class Exchange:
-    """One all-to-all of hidden states, by its own arguments."""
+    """One all-to-all of hidden states, from its arguments."""
 
     start_us: float
     received: tuple[int, ...]
-    """Rows from each rank."""
+    """Number of rows from each rank."""
 
 
 def exchanges(path: Path) -> list[Exchange]:
-    """The all-to-alls of a trace that move no whole numbers, in order of time."""
+    """Return the all-to-alls of a trace, without those of integers, in order of time."""
     data = path.read_bytes()
     events = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)["traceEvents"]
     found = [_of_parameters(e) for e in events if e.get("name") == PARAMETERS]
@@ -78,9 +79,9 @@ def _of_parameters(event: dict[str, Any]) -> Exchange | None:
 
 
 def received_rows(folder: Path) -> np.ndarray:
-    """[S, L, R, R] rows that each rank (third axis) received from each (last axis): the dispatch.
+    """Return [S, L, R, R] dispatched rows that each rank (third axis) received from each rank (last axis).
 
-    The dispatch is the first exchange inside a block's range, on the trace's own clock.
+    The dispatch is the first exchange inside a block's range, by the clock of the trace.
     """
     by_rank = {}
     for path in find_traces(folder):
@@ -105,7 +106,7 @@ def received_rows(folder: Path) -> np.ndarray:
 
 
 def check(folder: Path) -> tuple[str, bool]:
-    """The report, and whether the load per rank was exact on the same steps."""
+    """Return the report, and whether the load per rank was exact on the same steps."""
     counts = counts_of_traces(folder)
     measured_SLRR = received_rows(folder)
     measured_SLR = measured_SLRR.sum(axis=3)
@@ -133,7 +134,7 @@ def check(folder: Path) -> tuple[str, bool]:
 
 
 def _row(measured_SRR: np.ndarray, planned_SR: np.ndarray) -> list[str]:
-    """The figures of one layer."""
+    """Return the table row of one layer."""
     measured_SR = measured_SRR.sum(axis=2)
     ranks = measured_SR.shape[1]
     moved = 1 - np.trace(measured_SRR.sum(axis=0)) / measured_SRR.sum()
@@ -151,7 +152,7 @@ def _row(measured_SRR: np.ndarray, planned_SR: np.ndarray) -> list[str]:
 
 
 def _even(loads_SR: np.ndarray) -> float:
-    """Mean over steps of max ÷ mean."""
+    """Return max ÷ mean, averaged over steps."""
     return float((loads_SR.max(axis=1) / loads_SR.mean(axis=1)).mean())
 
 

@@ -1,8 +1,8 @@
-"""Build wheel and sdist, and use them as a stranger would: a clean environment, an empty folder, no checkout.
+"""Build wheel and sdist, and test them as a user would: clean environment, empty folder, no checkout.
 
-The environment is made from the package index once (some minutes, mostly torch), without any of the extras,
-and kept in the user's cache; `--fresh` makes it anew. What is tried there is the README and the quickstart
-word by word, the notebook, TensorBoard's tab, and what installing does to the torch that was there.
+The environment is created once from the package index, without extras (a few minutes, mostly torch), and kept
+in the user's cache; `--fresh` recreates it. The tests run all blocks of the README and the quickstart, the
+notebook and TensorBoard's tab, and check that installing the package leaves an installed torch unchanged.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OUR_TORCH = "import torch, moe_trace; print(torch.__version__, torch.__file__, m
 
 
 def main() -> int:
-    """Run all steps in turn; the first that fails ends the script with its output."""
+    """Run all steps in turn. The first failure ends the script with the output of that step."""
     parser = argparse.ArgumentParser(description="Check the wheel and the sdist of this checkout.")
     parser.add_argument("--fresh", action="store_true", help="make the clean environment anew")
     arguments = parser.parse_args()
@@ -66,7 +66,7 @@ def step(name: str, function: object, *arguments: object) -> None:
 
 
 def build(scratch: Path) -> tuple[Path, Path]:
-    """Wheel and sdist of what git knows; the wheel is built from the sdist, which so must be whole."""
+    """Build wheel and sdist from tracked files. The wheel is built from the sdist, to test it."""
     source, out = scratch / "source", scratch / "dist"
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in filter(None, names.stdout.split("\0")):
@@ -79,7 +79,7 @@ def build(scratch: Path) -> tuple[Path, Path]:
 
 
 def clean_environment(wheel: Path, *, fresh: bool) -> Path:
-    """The Python of an environment with torch first, and then what the wheel asks for; no extras."""
+    """Return the Python of an environment with torch, then the wheel and its requirements, without extras."""
     torch = f"torch=={importlib.metadata.version('torch')}"
     asked = (ROOT / "setup.cfg").read_bytes() + CONSTRAINTS.read_bytes() + torch.encode()
     folder = CACHE / hashlib.sha256(asked + sys.version.encode()).hexdigest()[:12]
@@ -98,14 +98,14 @@ def clean_environment(wheel: Path, *, fresh: bool) -> Path:
 
 
 def torch_files(python: Path) -> tuple[str, float]:
-    """torch's version, and when it was put there."""
+    """Return the version of torch and its time of installation."""
     code = "import importlib.metadata as m; d = m.distribution('torch'); print(d.version, d.locate_file(''))"
     version, place = run([python, "-c", code], python.parent).split()
     return version, (Path(place) / "torch").stat().st_mtime
 
 
 def install(python: Path, archive: Path, folder: Path) -> None:
-    """Put this build in place of the last one; all that it needs must be there."""
+    """Replace the installed build by this one, whose requirements must be installed."""
     before = torch_files(python)
     run([python, *PIP, "install", "--force-reinstall", "--no-deps", archive], folder)
     run([python, *PIP, "check"], folder)
@@ -117,7 +117,7 @@ def install(python: Path, archive: Path, folder: Path) -> None:
 
 
 def documents(python: Path, document: Path, folder: Path) -> None:
-    """Its Python blocks as one program, then its shell blocks."""
+    """Run the Python blocks of a document as one program, then its shell blocks."""
     blocks = FENCE.findall(document.read_text("utf-8"))
     program = folder / "program.py"
     program.write_text("\n".join(code for language, code in blocks if language == "python"), "utf-8")
@@ -128,13 +128,13 @@ def documents(python: Path, document: Path, folder: Path) -> None:
 
 
 def notebook(python: Path, folder: Path) -> None:
-    """The notebook, in a kernel of that environment."""
+    """Run the notebook in a kernel of that environment."""
     source = shutil.copy2(ROOT / "docs" / "notebooks" / "quickstart.ipynb", folder)
     run([python, "-c", RUN_NOTEBOOK, source], folder)
 
 
 def tab(python: Path, folder: Path) -> None:
-    """TensorBoard answers with the figures of the recorded run; without plotly it says what to install."""
+    """Check that TensorBoard serves the recorded run, and names what to install if plotly is missing."""
     command = [python.parent / "moe-trace", "view", "runs/demo", "--port", "16017"]
     server = subprocess.Popen(
         command,
@@ -163,7 +163,7 @@ def tab(python: Path, folder: Path) -> None:
 
 
 def environment(python: Path) -> dict[str, str]:
-    """Of the shell that a stranger has: that environment's commands, no network for models, no checkout."""
+    """Return the variables of a user's shell: that environment's commands, offline hub, no checkout."""
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))
     }
@@ -172,7 +172,7 @@ def environment(python: Path) -> dict[str, str]:
 
 
 def run(command: list[object], folder: Path, python: Path | None = None) -> str:
-    """Its output; the script ends with it where the command fails."""
+    """Return the output of a command; if it fails, end the script with that output."""
     words = [str(word) for word in command]
     done = subprocess.run(
         words, cwd=folder, env=environment(python or Path(words[0])), capture_output=True, text=True

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Loss against experts per token: what each ready-made routing rule does to the demo model.
+"""Compare loss and experts per token of the demo model under each ready-made routing rule.
 
     python scripts/compare_routing.py
     python scripts/compare_routing.py --device cuda --markdown table.md
 
-The text is the demo's prompts, which the model has not been trained on. Losses are in nats a byte; `k` is
-the experts that a token really used, `computed` the slots whose expert ran, per token: a skipped slot still
-costs its expert unless the rule returns fewer slots.
+The text is the demo's prompts, which the model was not trained on. Losses are in nats per byte. `k` is the
+number of experts that a token really used, `computed` the number of slots per token whose expert ran. A
+skipped slot still runs its expert unless the rule returns fewer slots.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HEADINGS = ("rule", "rest", "k", "computed", "skipped", "loss", "change", *DEMO_
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rule did; losses in nats a byte, the mean over all bytes and per prompt."""
+    """Result of one rule. Losses are in nats per byte: the mean over all bytes, and per prompt."""
 
     rule: str
     renormalise: str
@@ -49,7 +49,7 @@ class Outcome:
 
 
 def rules() -> Iterator[tuple[str, RoutingRule, Renormalise]]:
-    """The rules of the table, strong to weak within each kind."""
+    """Yield the rules of the table, from strong to weak within each kind."""
     for k in (1, 2, 3, 4, 6, 8):
         yield f"top_k({k})", top_k(k), "none"
     for k in (1, 2, 3):
@@ -63,7 +63,7 @@ def rules() -> Iterator[tuple[str, RoutingRule, Renormalise]]:
 
 
 def compare(model: Any, tokenizer: Any) -> list[Outcome]:
-    """The model as trained, then under every rule."""
+    """Measure the model as trained, then under every rule."""
     outcomes = [measure(model, tokenizer, "as trained", None, "none")]
     for name, rule, renormalise in rules():
         outcomes.append(measure(model, tokenizer, name, rule, renormalise))
@@ -73,7 +73,7 @@ def compare(model: Any, tokenizer: Any) -> list[Outcome]:
 def measure(
     model: Any, tokenizer: Any, name: str, rule: RoutingRule | None, renormalise: Renormalise
 ) -> Outcome:
-    """Loss and routing over the prompts under one rule."""
+    """Measure loss and routing over the prompts under one rule."""
     losses, lengths = {}, {}
     active: Any = nullcontext() if rule is None else replace_router(model, rule, renormalise=renormalise)
     with torch.no_grad(), active, MoEProfiler(model) as profiler:
@@ -95,7 +95,7 @@ def measure(
 
 
 def cells(outcomes: Sequence[Outcome]) -> list[list[str]]:
-    """The rows of the table; `change` is against the model as trained."""
+    """Return the rows of the table; `change` is relative to the model as trained."""
     base = outcomes[0].loss
     return [
         [

@@ -1,6 +1,6 @@
-"""Measures the demo model on held-out text and writes its model card.
+"""Measure the demo model on held-out text and write its model card.
 
-Compute, then show: `evaluate` returns one `DomainResult` a domain, the `_section` functions make it Markdown.
+`evaluate` returns one `DomainResult` per domain, and the `_section` functions format it as Markdown.
 Array names end in their shape: L layers, E experts.
 """
 
@@ -21,27 +21,27 @@ import transformers
 from demo_corpus import Corpus
 from torch import nn
 
-EVALUATED_ROWS = 64  # sequences a domain, spread evenly over its held-out text
-ACTIVE_SHARE = 0.25  # an expert counts as used when it gets a quarter of an even share
+EVALUATED_ROWS = 64  # sequences per domain, spread evenly over its held-out text
+ACTIVE_SHARE = 0.25  # an expert counts as used if it gets a quarter of an even share
 
 
 @dataclass(frozen=True, kw_only=True)
 class DomainResult:
-    """The model on one domain's held-out text."""
+    """Measurements of the model on one domain's held-out text."""
 
     unigram_entropy: float
-    """Entropy of the evaluated bytes, nats a byte: what a model that ignores context would pay at best."""
+    """Entropy of the evaluated bytes, in nats per byte: the lowest loss of a model that ignores context."""
     loss: float
-    """Mean negative log-likelihood, nats a byte."""
+    """Mean negative log-likelihood, in nats per byte."""
     counts_LE: np.ndarray
     """Assignments per layer and expert."""
     half_counts_LE: tuple[np.ndarray, np.ndarray]
-    """The same for odd and even rows: how much two samples of one domain differ by chance."""
+    """The same for odd and even rows, which shows how much two samples of one domain differ by chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the training run was, for the card."""
+    """Description of the training run, for the card."""
 
     args: argparse.Namespace
     config: transformers.OlmoeConfig
@@ -52,9 +52,9 @@ class Run:
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[Callable[[], np.ndarray]]:
-    """While open, counts the expert ids that the experts are really given.
+    """Count the expert ids that the experts receive while the context is active.
 
-    Yields a function that returns the counts so far, int64 of shape (L, E), and starts again at zero.
+    Yields a function that returns the counts so far, int64 of shape (L, E), and resets them to zero.
     """
     layers: Any = model.get_submodule("model.layers")
     counts_LE = np.zeros((len(layers), layers[0].mlp.experts.num_experts), dtype=np.int64)
@@ -80,13 +80,13 @@ def counting(model: nn.Module) -> Iterator[Callable[[], np.ndarray]]:
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of a distribution given as counts."""
+    """Return the entropy, in nats, of a distribution given as counts."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())
 
 
 def divergence(counts_DE: Sequence[np.ndarray]) -> float:
-    """Jensen-Shannon divergence of D distributions, nats: 0 when they are equal, ln D when disjoint."""
+    """Return the Jensen-Shannon divergence of D distributions, in nats: 0 if equal, ln D if disjoint."""
     shares = [counts / counts.sum() for counts in counts_DE]
     return entropy(np.mean(shares, axis=0)) - float(np.mean([entropy(share) for share in shares]))
 
@@ -115,7 +115,7 @@ def _evaluate_domain(
 
 
 def evaluate(model: nn.Module, held_out: dict[str, torch.Tensor], length: int) -> dict[str, DomainResult]:
-    """Loss and routing of `model` on each domain's held-out token ids, in rows of `length` tokens."""
+    """Measure loss and routing of `model` on each domain's held-out token ids, in rows of `length` tokens."""
     model.eval()
     with torch.no_grad(), counting(model) as take:
         return {domain: _evaluate_domain(model, tokens, length, take) for domain, tokens in held_out.items()}
@@ -127,7 +127,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _load(counts_E: np.ndarray) -> tuple[str, str, int]:
-    """(load max÷mean, coefficient of variation, experts in use) of one layer."""
+    """Return load max÷mean, coefficient of variation and number of used experts of one layer."""
     mean = counts_E.mean()
     active = int((counts_E >= ACTIVE_SHARE * mean).sum())
     return f"{counts_E.max() / mean:.2f}", f"{counts_E.std() / mean:.2f}", active
@@ -275,7 +275,7 @@ def write_card(
     untrained: dict[str, DomainResult],
     trained: dict[str, DomainResult],
 ) -> None:
-    """Writes the model card; every number in it comes from the arguments or from the files themselves."""
+    """Write the model card. All of its numbers come from the arguments or from the files themselves."""
     args = run.args
     arguments = (
         f"--steps {args.steps} --rows {args.rows} --seq-len {args.seq_len} --lr {args.lr} "

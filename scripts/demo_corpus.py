@@ -1,7 +1,7 @@
-"""The text that the demo model learns from: four domains, from packages with clear licences, no network.
+"""Training text of the demo model: four domains, from packages with clear licences, without network access.
 
-A `Source` reads documents out of an installed package -> `build_corpus` drops repeated blocks, splits by
-document -> `Corpus`, one per domain. `save_corpora` and `load_corpora` carry them to a machine without the
+A `Source` reads documents from an installed package. `build_corpus` drops repeated blocks, splits by document
+and returns one `Corpus` per domain. `save_corpora` and `load_corpora` transfer them to a machine without the
 packages.
 """
 
@@ -23,9 +23,9 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 HELD_OUT_SHARE = 0.1
-MAX_DOCUMENT_CHARS = 24_000  # no single file dominates its domain
-MIN_REPEATED_BLOCK_CHARS = 60  # shorter blocks (`}` or `pass`) are language, longer repeats are boilerplate
-KJV_CHAPTER_STRIDE = 3  # every third chapter: else scripture would be 92 % of the prose
+MAX_DOCUMENT_CHARS = 24_000  # keeps a single file from dominating its domain
+MIN_REPEATED_BLOCK_CHARS = 60  # shorter blocks (`}`, `pass`) are normal language, longer ones boilerplate
+KJV_CHAPTER_STRIDE = 3  # every third chapter; all of them would be 92 % of the prose
 SKIPPED_CODE = re.compile(
     r"(^|/)(tests?|idle_test|site-packages|dist-packages|encodings|pydoc_data|turtledemo|__pycache__)/"
     r"|(^|/)config-[^/]*/"
@@ -39,25 +39,25 @@ Document = tuple[str, str]  # (a stable name, the text)
 
 
 class MissingData(SystemExit):
-    """A package that the corpus needs is not installed; the message names it."""
+    """Raised if a package that the corpus needs is not installed; the message names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where text comes from and by what right it is used."""
+    """Origin and licence of text."""
 
     package: str
-    """Debian package, or `python` for what the running interpreter ships."""
+    """Debian package, or `python` for files of the running interpreter."""
     licence: str
-    """Short name and the sentence of the package's copyright file that grants it."""
+    """Short name, and the sentence of the package's copyright file that grants the licence."""
     what: str
-    """What is read out of the package."""
+    """Description of what is read from the package."""
     read: Callable[[], Iterable[Document]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRecord:
-    """What was really read from one `Source`, for the model card."""
+    """Record of what was actually read from a `Source`, for the model card."""
 
     package: str
     version: str
@@ -70,7 +70,7 @@ class SourceRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """One domain: documents to train on, documents kept apart, and where they came from."""
+    """One domain: training documents, held-out documents, and their sources."""
 
     domain: str
     train: list[str]
@@ -88,7 +88,7 @@ def _require(path: Path, package: str) -> Path:
 
 
 def read_king_james() -> Iterator[Document]:
-    """Chapters without verse numbers, by the package's own reader: the data file has a format of its own."""
+    """Yield chapters without verse numbers, by the package's reader, because the file format is its own."""
     reader = _require(Path("/usr/bin/bible"), "bible-kjv")
     _require(Path("/usr/lib/bible.data"), "bible-kjv-text")
     command = [str(reader), "-f", "gen1:1-rev22:21"]
@@ -103,7 +103,7 @@ def read_king_james() -> Iterator[Document]:
 
 
 def read_devils_dictionary() -> Iterator[Document]:
-    """Entries in groups of eight, so that a document is about as long as a chapter."""
+    """Yield entries in groups of eight, so that a document is about as long as a chapter."""
     path = _require(Path("/usr/share/dictd/devil.dict.dz"), "dict-devil")
     text = gzip.decompress(path.read_bytes()).decode("utf-8", "replace")
     entries = re.split(r"\n{2,}(?=[A-Z]{2,})", text[text.index("ABASEMENT") :])
@@ -112,7 +112,7 @@ def read_devils_dictionary() -> Iterator[Document]:
 
 
 def read_standard_library() -> Iterator[Document]:
-    """Python files of the running interpreter, without tests and generated tables."""
+    """Yield Python files of the running interpreter, without tests and generated tables."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
@@ -121,7 +121,7 @@ def read_standard_library() -> Iterator[Document]:
 
 
 def read_sqlite_manual() -> Iterator[Document]:
-    """Bodies of the HTML pages, without the page frame, the scripts and the drawings."""
+    """Yield bodies of the HTML pages, without page frame, scripts and drawings."""
     root = _require(Path("/usr/share/doc/sqlite3/about.html"), "sqlite3-doc").parent
     for path in sorted(root.rglob("*.html")):
         name = path.relative_to(root).as_posix()
@@ -133,14 +133,14 @@ def read_sqlite_manual() -> Iterator[Document]:
 
 
 def _as_documents(name: str, records: list[dict[str, object]], group: int) -> Iterator[Document]:
-    """JSON lists of `group` records; every second one is indented, as both styles are found in the wild."""
+    """Yield JSON lists of `group` records. Every second one is indented, since both styles are common."""
     for number, first in enumerate(range(0, len(records), group)):
         indent = 2 if number % 2 else None
         yield f"{name}-{first}", json.dumps(records[first : first + group], indent=indent, ensure_ascii=False)
 
 
 def _degrees(text: str) -> float:
-    """ISO 6709 `+DDMM`, `+DDDMM` or with seconds -> degrees."""
+    """Convert ISO 6709 `+DDMM`, `+DDDMM`, or the same with seconds, to degrees."""
     sign, digits = (-1 if text[0] == "-" else 1), text[1:]
     width = 2 if len(digits) in (4, 6) else 3
     minutes, seconds = int(digits[width : width + 2]), int(digits[width + 2 :] or 0)
@@ -160,7 +160,7 @@ def _offset(zone: ZoneInfo, year: int, month: int) -> dict[str, object]:
 
 
 def read_time_zones() -> Iterator[Document]:
-    """The zone table as JSON records: place, countries, and local time at eight dates."""
+    """Yield the zone table as JSON records: place, countries, and local time at eight dates."""
     root = _require(Path("/usr/share/zoneinfo/zone1970.tab"), "tzdata").parent
     rows = [
         line.split("\t") for line in (root / "iso3166.tab").read_text("utf-8").splitlines() if line[0] != "#"
@@ -190,7 +190,7 @@ def read_time_zones() -> Iterator[Document]:
 
 
 def read_characters() -> Iterator[Document]:
-    """The interpreter's character database and HTML entity table as JSON records."""
+    """Yield the interpreter's character database and HTML entity table as JSON records."""
     entities = {text: name for name, text in sorted(html5.items()) if name.endswith(";")}
     records: list[dict[str, object]] = []
     for code in range(0x20, 0x3000):
@@ -267,7 +267,7 @@ DOMAINS: dict[str, list[Source]] = {
 
 
 def package_version(package: str) -> str:
-    """Version of an installed Debian package, or of the interpreter for `python`."""
+    """Return the version of an installed Debian package, or of the interpreter for `python`."""
     if package == "python":
         return platform.python_version()
     command = ["dpkg-query", "--show", "--showformat", "${Version}", package]
@@ -278,7 +278,7 @@ def package_version(package: str) -> str:
 
 
 def _drop_repeats(text: str, seen: set[str]) -> str:
-    """Removes blocks (runs between blank lines) seen before: what repeats would leak held-out text."""
+    """Remove blocks (runs between blank lines) seen before, because repeats would leak held-out text."""
     blocks = []
     for block in re.split(r"\n\s*\n", text):
         key = block.strip()
@@ -290,12 +290,12 @@ def _drop_repeats(text: str, seen: set[str]) -> str:
 
 
 def is_held_out(name: str) -> bool:
-    """By the hash of the document's name, so that a change elsewhere moves no document across the split."""
+    """Decide by a hash of the document's name, so that other changes move no document across the split."""
     return hashlib.sha256(name.encode()).digest()[0] < 256 * HELD_OUT_SHARE
 
 
 def build_corpus(domain: str) -> Corpus:
-    """Reads every source of `domain`; raises `MissingData` that names the package to install."""
+    """Read every source of `domain`; raise `MissingData`, which names the package to install."""
     seen: set[str] = set()
     train: list[str] = []
     held_out: list[str] = []
@@ -321,14 +321,14 @@ def build_corpus(domain: str) -> Corpus:
 
 
 def save_corpora(corpora: list[Corpus], folder: Path) -> None:
-    """Writes one JSON file per domain; `load_corpora` reads them back unchanged."""
+    """Write one JSON file per domain, which `load_corpora` reads back unchanged."""
     folder.mkdir(parents=True, exist_ok=True)
     for corpus in corpora:
         (folder / f"{corpus.domain}.json").write_text(json.dumps(asdict(corpus)), encoding="utf-8")
 
 
 def load_corpora(folder: Path) -> list[Corpus]:
-    """Reads what `save_corpora` wrote, in the order of `DOMAINS`."""
+    """Read the files of `save_corpora`, in the order of `DOMAINS`."""
     corpora = []
     for domain in DOMAINS:
         path = folder / f"{domain}.json"

@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""What a report over many ranks takes: of their traces, and of what these were reduced to.
+"""Measure reports over many ranks, from their traces and from reduced files.
 
     python scripts/grow_ranks.py                    # 8, 64, 256 ranks of two real ones
     python scripts/grow_ranks.py --ranks 32 --source tests/data/h100/prefill_decode_16_layers.pt.trace.json.gz
 
-Rank r of the run is the trace r % n of the n given, with its own rank and groups; its events stay as they
-are. Three reports of each run are timed as whole processes, and must give the same figures, to the bit:
-by one process, by all cores, and with the traces gone. Memory is that of the largest process. Exit code 1 if
-they differ.
+Rank r of the run is trace r % n of the n given traces, with its own rank and groups and unchanged events.
+Three reports of each run are timed as whole processes: on one core, on all cores, and without the traces.
+Their figures must be bitwise equal; otherwise the exit code is 1. Memory is that of the largest process.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def grow(source: Path, folder: Path, ranks: int) -> None:
 
 
 def as_rank(recording: dict[str, Any], rank: int, first: int, ranks: int) -> dict[str, Any]:
-    """The recording as that of one rank of a larger run; groups begin at rank `first`."""
+    """Return the recording as one rank of a larger run, whose groups begin at rank `first`."""
     parallel = recording["parallel"] or {"mesh": {}, "token_ranks": [0], "expert_ranks": []}
     groups = {name: [first + r for r in parallel[name]] for name in ("token_ranks", "expert_ranks")}
     sizes = {**parallel["mesh"], "dp_replicate": ranks // max(1, len(parallel["expert_ranks"]))}
@@ -63,7 +62,7 @@ def as_rank(recording: dict[str, Any], rank: int, first: int, ranks: int) -> dic
 
 
 def report(folder: Path, cores: set[int]) -> tuple[dict[str, Any], float, float]:
-    """The figures, seconds, and MB of the largest process."""
+    """Return the figures, the seconds, and the MB of the largest process."""
     command = [sys.executable, "-m", "moe_trace", "report", str(folder), "--format", "json"]
     with tempfile.TemporaryFile() as out:
         started = time.perf_counter()
@@ -87,7 +86,7 @@ def environment() -> dict[str, str]:
 
 
 def family(pid: int) -> Iterator[int]:
-    """The process and its children."""
+    """Yield the ids of the process and its children."""
     yield pid
     try:
         yield from map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
@@ -109,7 +108,7 @@ def size_mb(files: Sequence[Path]) -> float:
 
 
 def measure(source: Path, ranks: int) -> bool:
-    """Print one row; whether all figures agree."""
+    """Print one row; return whether all figures agree."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         grow(source, folder, ranks)

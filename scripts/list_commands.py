@@ -1,7 +1,7 @@
-"""Write docs/cli.md: every command of `moe-trace` with its options, as its own `--help` says them.
+"""Write docs/cli.md: every command of `moe-trace` with its options, as in its `--help`.
 
 python scripts/list_commands.py            writes the page
-python scripts/list_commands.py --check    says whether it is up to date (exit 1: it is not)
+python scripts/list_commands.py --check    checks whether it is up to date (exit 1 if not)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ what `moe-trace COMMAND --help` prints, written by `scripts/list_commands.py`.
 
 
 def page() -> str:
-    """The whole page. The width is fixed, so that it is the same on every terminal."""
+    """Return the whole page. Its width is fixed, so that it is the same on every terminal."""
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
     from moe_trace.cli import COMMANDS, command_parser
 
@@ -45,7 +45,7 @@ def _section(name: str, parser: argparse.ArgumentParser) -> str:
 
 
 def main() -> int:
-    """Write or compare; returns the exit code."""
+    """Write or compare the page; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,11 @@
-"""The pictures of README and docs: real traces, in a real browser.
+"""Make the pictures of README and docs from real traces, in a real browser.
 
     python scripts/pictures.py [--only timeline,dashboard_routing] [--out docs/images]
 
 `timeline` is torch-tb-profiler's Trace view of one forward of OLMoE-1B-7B on an H100, from its first MoE
-layer to its last: the process "MoE routing" with its counters and lanes, below it the operators of the CPU
-and the kernels of the GPU. The others show the MoE tab and the HTML report. Needs what the browser tests
-need.
+layer to its last. It shows the process "MoE routing" with its counters and lanes, and below it the operators
+of the CPU and the kernels of the GPU. The other pictures show the MoE tab and the HTML report. The
+requirements are those of the browser tests.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from browser.harness import Internet, chromium, find_chromium, offline_context, 
 from browser.moe_tab import open_view  # noqa: E402
 from browser.trace_view import open_trace_view, still_screenshot, timeline_frame, tracks  # noqa: E402
 
-# run -> the name that its trace gets, and the file
+# run -> the name of its trace, and the file
 RUNS = {
     "OLMoE-1B-7B": ("H100", "h100/prefill_decode_16_layers"),
     "training": ("H100", "h100/train_checkpointed"),
@@ -43,8 +43,8 @@ RUNS = {
 }
 ENDING = ".pt.trace.json.gz"
 WIDTH, COLOURS = 1280, 256
-MARGIN = 0.02  # of the forward's length, on both sides
-WINDOW = {"width": 1440, "height": 1300}  # high enough for every row
+MARGIN = 0.02  # share of the forward's duration, on both sides
+WINDOW = {"width": 1440, "height": 1300}  # tall enough for every row
 BELOW_PX = 12
 
 
@@ -57,7 +57,7 @@ class Tab:
     height: int
     theme: str = "light"
     state: dict[str, str] = field(default_factory=dict)
-    """More of the address."""
+    """Further parameters of the address."""
 
 
 TABS = {
@@ -70,7 +70,7 @@ TABS = {
     ),
 }
 REPORT_HEIGHT = 1000
-# Shows the time from the first to the last slice of our lanes that belongs to a layer's n-th forward.
+# Zooms to the time from the first to the last slice of our lanes that belongs to a layer's n-th forward.
 ZOOM = """([band, forward, margin]) => {
   const viewer = document.querySelector("#trace-viewer");
   const seen = new Map();
@@ -94,7 +94,7 @@ ZOOM = """([band, forward, margin]) => {
 
 
 def main() -> int:
-    """Merge by this release, open, write the pictures."""
+    """Merge with this release, open the pages, and write the pictures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -137,7 +137,7 @@ def picture_of_timeline(page: Any, url: str) -> bytes:
     page.set_viewport_size(WINDOW)
     open_trace_view(page, url, "OLMoE-1B-7B")
     timeline_frame(page).evaluate(ZOOM, [BAND_NAME, 0, MARGIN])
-    still_screenshot(page)  # the rows are drawn anew in small tasks
+    still_screenshot(page)  # the rows are redrawn in small tasks
     height = max(track.bottom for track in tracks(page)) + BELOW_PX
     return bytes(page.screenshot(clip={"x": 0, "y": 0, "width": WINDOW["width"], "height": height}))
 
@@ -153,7 +153,7 @@ def picture_of_tab(page: Any, url: str, tab: Tab) -> bytes:
 
 def picture_of_report(page: Any, logs: Path) -> bytes:
     html = logs / "report.html"
-    with contextlib.chdir(logs):  # the page names the trace as the command line does
+    with contextlib.chdir(logs):  # the page shows the path given on the command line
         moe_trace_command(["report", f"OLMoE-1B-7B/H100{ENDING}", "--html", str(html)])
     page.set_viewport_size({"width": WIDTH, "height": REPORT_HEIGHT})
     page.goto(html.as_uri())
@@ -162,7 +162,7 @@ def picture_of_report(page: Any, logs: Path) -> bytes:
 
 
 def write_small(target: Path, png: bytes) -> None:
-    """In few colours: a third of the size, and no difference to see."""
+    """Write a picture with few colours: a third of the size, without a visible difference."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
     image.quantize(COLOURS, dither=Image.Dither.NONE).save(target, optimize=True)
 

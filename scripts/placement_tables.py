@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The tables of docs/placement.md: what the planner gives on counts of six texts.
+"""Print the tables of docs/placement.md: results of the planner on counts of six texts.
 
 python scripts/placement_tables.py tests/data/olmoe_expert_counts.json --ranks 8
 """
@@ -27,33 +27,33 @@ RANDOM_PLACEMENTS = 10_000
 
 
 def studied(counts: ExpertCounts, split: Split, ranks: int) -> ClusterStudy:
-    """One copy slot a rank, one node."""
+    """Study placement with one copy slot per rank, on one node."""
     return study_placement(counts, split, [PlanOptions(cluster=Cluster(ranks))]).clusters[0]
 
 
 def judged(cluster: ClusterStudy, plan: str) -> np.ndarray:
-    """Max ÷ mean, [folds, layers]."""
+    """Return max ÷ mean, [folds, layers]."""
     return next(p.max_over_mean_FL for p in cluster.plans if p.name == plan)
 
 
 def own_text(counts: ExpertCounts, ranks: int) -> list[ClusterStudy]:
-    """Each text by plans chosen on itself."""
+    """Study each text with plans chosen on the same text."""
     return [studied(counts, split_named(counts, [name], [name]), ranks) for name in counts.labels]
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """A table, its first columns aligned left."""
+    """Return a Markdown table whose first `left` columns are aligned left."""
     rule = ["---"] * left + ["---:"] * (len(headings) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in (headings, rule, *rows))
 
 
 def marked(value: float, contiguous: float) -> str:
-    """Bold where contiguous placement is not beaten."""
+    """Format a value, in bold if it does not improve on contiguous placement."""
     return f"{value:.3f}" if value < contiguous else f"**{value:.3f}**"
 
 
 def table_of_texts(counts: ExpertCounts, ranks: int) -> str:
-    """A row per layer and text: its own plan, one plan for all, and a plan chosen on the other texts."""
+    """Tabulate for each layer and text its own plan, one plan for all, and one chosen on the other texts."""
     own = own_text(counts, ranks)
     together = studied(counts, split_by(counts, "none"), ranks)
     others = studied(counts, split_by(counts, "each"), ranks)
@@ -77,7 +77,7 @@ def table_of_texts(counts: ExpertCounts, ranks: int) -> str:
 
 
 def table_across(counts: ExpertCounts, ranks: int, layer: int) -> str:
-    """Balanced plans of one layer: chosen on the row's text, judged on the column's."""
+    """Return balanced plans of one layer, chosen on the row's text and evaluated on the column's."""
     own = own_text(counts, ranks)
     contiguous = [float(judged(study, "contiguous")[0, layer]) for study in own]
     rows = [["contiguous", *(f"{value:.3f}" for value in contiguous)]]
@@ -97,7 +97,7 @@ def table_across(counts: ExpertCounts, ranks: int, layer: int) -> str:
 
 
 def random_ones(counts: ExpertCounts, ranks: int, layer: int) -> np.ndarray:
-    """Max ÷ mean of random placements with the same number of experts a rank, [texts, placements]."""
+    """Return max ÷ mean, [texts, placements], of random placements with equal numbers of experts per rank."""
     random = np.random.default_rng(0)
     orders = random.permuted(np.tile(np.arange(counts.num_experts), (RANDOM_PLACEMENTS, 1)), axis=1)
     loads = counts.counts_SLE[:, layer][:, orders].reshape(len(counts.labels), RANDOM_PLACEMENTS, ranks, -1)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Where the time of a compiled decode step goes, kernel by kernel, with the tracer and without.
+"""Profile a compiled decode step kernel by kernel, with the tracer and without.
 
     python scripts/profile_replays.py --out replays            # needs a GPU
     python scripts/profile_replays.py --out replays --batch 64
 
 Compiles the model of `bench_overhead.py` bare, traced, and as two controls: bare again, and bare with one
-small output more ("moved"), which moves the memory of all that follows. What bare and the controls differ by
-is not the tracer's cost. Writes one file for each, the kernels of a replay in their order with the medians of
-their times, and prints their sums: of all, and of the kernel that takes the most (of OLMoE, the experts'
-grouped product).
+more small output ("moved"), which shifts the memory of everything that follows. Differences between bare and
+the controls are not a cost of the tracer. Writes one file for each, with the kernels of a replay in order and
+the medians of their durations. Prints the sum over all kernels and that of the kernel that takes the most
+time (for OLMoE, the experts' grouped product).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REPLAYS = CompiledDecode.STEPS
 
 
 def kernels(forward: Any, step: Any, file: Path) -> list[list[dict[str, Any]]]:
-    """The kernels of each replay, in the order in which they ran."""
+    """Return the kernels of each replay in the order of execution."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with forward(), torch.profiler.profile(activities=activities) as prof:
         for _ in range(REPLAYS):
@@ -50,7 +50,7 @@ def kernels(forward: Any, step: Any, file: Path) -> list[list[dict[str, Any]]]:
 
 
 def describe(replays: list[list[dict[str, Any]]]) -> tuple[str, list[str]]:
-    """Totals, and a line for each kernel."""
+    """Return the totals, and a line for each kernel."""
     lengths = {len(replay) for replay in replays}
     spans = [replay[-1]["ts"] + replay[-1]["dur"] - replay[0]["ts"] for replay in replays]
     busy = [sum(e["dur"] for e in replay) for replay in replays]

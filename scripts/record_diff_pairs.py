@@ -1,21 +1,21 @@
-"""Pairs of recordings of which the truth is known: a hundred of the same thing, a hundred with one change.
+"""Record pairs with a known difference: a hundred without a change, a hundred with one change.
 
-Each A has two Bs: the same again, and one with a change. The recordings read other pieces of the same kind
-of text (source code), as two runs of an evaluation do. The planted changes, a quarter of the pairs each:
+Each A has two Bs: one without and one with a change. The recordings read different pieces of the same kind of
+text (source code), like two runs of an evaluation. Each of these changes is made in a quarter of the pairs:
 
-    layer   in one layer experts change places in the gate: the busiest with the least busy (one; on a GPU,
-            where random weights load all alike, as many as a token has)
-    experts 5 % more hidden units in each expert, of weight 0
+    layer   the busiest and the least busy experts of one layer are swapped in its gate (one of each; on a GPU,
+            where random weights load all experts alike, as many as top-k)
+    experts 5 % more hidden units in each expert, with weight 0
     kernels another implementation of the experts
-    text    prose in place of source code
+    text    prose instead of source code
 
     python scripts/record_diff_pairs.py pairs --workers 2                   # CPU, the demo model
     python scripts/record_diff_pairs.py pairs --device cuda --seconds 400   # OLMoE's true shape, fewer layers
 
-Recordings that run at once would disturb each other's times. On a CPU each worker has cores of its own; on a
-GPU there is one, and other processes merge and compress what it wrote. Pairs that are in the folder already
-are kept. `scripts/check_diff.py` says what `moe-trace diff` made of them, `scripts/check_imbalance.py` what
-the cost of imbalance claims.
+Simultaneous recordings would disturb each other's times. On a CPU each worker has its own cores. On a GPU
+there is one worker, and other processes merge and compress its output. Existing pairs in the folder are kept.
+`scripts/check_diff.py` evaluates `moe-trace diff` on them, and `scripts/check_imbalance.py` the cost of
+imbalance.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ FINISHERS = 8
 
 
 class Recorder:
-    """The model, its texts, and how one recording is made."""
+    """The model, its texts, and a method that makes a recording."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -72,7 +72,7 @@ class Recorder:
         self.swapped = [*order[:number], *order[-number:]]
 
     def record(self, path: Path, seed: int, change: str | None) -> Recording:
-        """Ten steps on pieces of text of its own; `path` gets the profiler's own trace."""
+        """Record ten steps on separate pieces of text, and write the profiler's unmerged trace to `path`."""
         rng = np.random.default_rng(seed)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device == "cuda")
         pieces = self._pieces("prose" if change == "text" else "code", rng)
@@ -86,7 +86,7 @@ class Recorder:
             for piece in pieces:
                 self.model(piece)
                 prof.step()
-        torch.profiler.profile.export_chrome_trace(prof, str(path))  # not ours, which would merge here
+        torch.profiler.profile.export_chrome_trace(prof, str(path))  # ours would merge here
         return prof.tracer.recording()
 
     def _pieces(self, kind: str, rng: np.random.Generator) -> list[torch.Tensor]:
@@ -98,7 +98,7 @@ class Recorder:
         return [torch.from_numpy(ids)[None].to(self.device) for ids in raw]
 
     def _load(self) -> torch.Tensor:
-        """[experts] of `LAYER`, on a piece of source code."""
+        """Return assignments per expert, [experts], in `LAYER` on a piece of source code."""
         piece = self._pieces("code", np.random.default_rng(0))[0]
         with torch.no_grad():
             logits = self.model(piece, output_router_logits=True).router_logits[LAYER]
@@ -148,10 +148,10 @@ def _swapped_experts(recorder: Recorder) -> Iterator[None]:
 
 @contextmanager
 def _wider_experts(recorder: Recorder) -> Iterator[None]:
-    """Experts with 5 % more hidden units, whose weights are 0: more work for the same result."""
+    """Give experts 5 % more hidden units with weight 0: more work for the same result."""
     experts = [layer.mlp.experts for layer in recorder.model.model.layers]
     before = [(one.gate_up_proj.data, one.down_proj.data) for one in experts]
-    aligned = 16 // before[0][0].element_size()  # as grouped products need it
+    aligned = 16 // before[0][0].element_size()  # required by grouped products
     wide = round(1.05 * recorder.model.config.intermediate_size / aligned) * aligned
     more = wide - recorder.model.config.intermediate_size
     for one, (gate_up, down) in zip(experts, before, strict=True):
@@ -178,7 +178,7 @@ PLANTS = {"layer": _swapped_experts, "experts": _wider_experts, "kernels": _othe
 
 
 def _record_pairs(arguments: argparse.Namespace, worker: int, until: float) -> None:
-    """Every `workers`-th pair: A, the same again, and B with the change."""
+    """Record every `workers`-th pair: A, B without a change, and B with the change."""
     cores = sorted(os.sched_getaffinity(0))
     if arguments.device == "cpu":
         share = len(cores) // arguments.workers
@@ -186,7 +186,7 @@ def _record_pairs(arguments: argparse.Namespace, worker: int, until: float) -> N
         torch.set_num_threads(share)
     recorder = Recorder(arguments.device)
     first = arguments.folder / f".first-{worker}.json"
-    recorder.record(first, 0, None)  # a process's first recording is slower
+    recorder.record(first, 0, None)  # the first recording of a process is slower
     first.unlink()
     with ProcessPoolExecutor(FINISHERS, multiprocessing.get_context("spawn")) as pool:
         running: list[Future[None]] = []
@@ -226,8 +226,8 @@ def _finish(raw: Path, recording: Recording, path: Path) -> None:
 
 
 def _give_memory_back() -> None:
-    """A recording's memory is free once it is written; glibc keeps it in the arenas of the threads that wrote
-    it, some 12 MB more with each recording."""
+    """Return freed memory to the system. glibc would keep that of a written recording in the arenas of the
+    threads that wrote it, about 12 MB more with each recording."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

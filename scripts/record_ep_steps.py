@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Record expert-parallel forwards of the demo model, each step and rank on other text.
+"""Record expert-parallel forwards of the demo model, with different text for each step and rank.
 
     torchrun --nproc-per-node 2 scripts/record_ep_steps.py --out runs/ep
     torchrun --nproc-per-node 2 scripts/record_ep_steps.py --device cuda --out runs/ep_gpu
 
-Every rank has tokens of its own and E / N of the experts; slots travel by an all-to-all (needs transformers
-with `DistributedConfig(ep_implementation=...)`). Steps take prose, code, data and pages in turn, so that they
-differ as the requests of a server do. `scripts/check_placement.py` reads the folder.
+Every rank has its own tokens and E / N of the experts. Slots are exchanged by an all-to-all, which needs
+transformers with `DistributedConfig(ep_implementation=...)`. Steps use prose, code, data and pages in turn,
+so that they differ like the requests of a server. `scripts/check_placement.py` reads the folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KINDS = ("docs/*.md", "moe_trace/**/*.py", "**/*.json", "moe_trace/**/static/**/
 
 
 def texts(kind: int, length: int) -> str:
-    """The files of one kind, one after another, at least `length` characters."""
+    """Return the concatenated files of one kind, at least `length` characters."""
     found = ""
     for path in sorted(p for p in ROOT.glob(KINDS[kind]) if p.is_file() and ".venv" not in p.parts):
         found += path.read_text("utf-8", errors="replace")
@@ -38,7 +38,7 @@ def texts(kind: int, length: int) -> str:
 
 
 def batch_of(step: int, rank: int, world: int, rows: int, tokens: int) -> torch.Tensor:
-    """[rows, tokens] byte ids; no two steps or ranks share text."""
+    """Return [rows, tokens] byte ids. No two steps or ranks share text."""
     size = rows * tokens
     place = (step // len(KINDS) * world + rank) * size
     text = texts(step % len(KINDS), place + size).encode("ascii", "replace")
@@ -66,7 +66,7 @@ def main() -> None:
     model, _ = load_demo_model(device, distributed_config=config)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
-        model(batch_of(0, rank, world, 1, 16).to(device))  # FSDP makes its groups in the first forward
+        model(batch_of(0, rank, world, 1, 16).to(device))  # FSDP creates its groups in the first forward
         with moe_trace.profile(model, record_shapes=True) as prof:
             for step in range(arguments.steps):
                 model(batch_of(step, rank, world, arguments.rows, arguments.tokens).to(device))

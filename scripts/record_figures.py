@@ -1,10 +1,10 @@
-"""Write tests/data/figures.json: what the recorded GPU traces say, to the last bit.
+"""Write tests/data/figures.json: the exact figures of the recorded GPU traces.
 
 python scripts/record_figures.py            writes the file
-python scripts/record_figures.py --check    names what is different (exit 1)
+python scripts/record_figures.py --check    prints the differences (exit 1 if there are any)
 
-A change of the reader that is not meant to change figures leaves it as it is; one that is shows what it
-changed in the diff of that file.
+A change of the reader that is not meant to change figures must leave the file as it is. For any other change,
+the diff of the file shows what changed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def traces() -> list[Path]:
 
 
 def figures_of(trace: Path) -> dict[str, Any]:
-    """Totals, where the time goes, what could be joined; of each router its load and latencies."""
+    """Return totals, breakdown and coverage of the trace, and load and latencies of each router."""
     found = json.loads(render_json(read_summary(trace)))
     phases = found["phases"]
     return {
@@ -50,7 +50,7 @@ def figures_of(trace: Path) -> dict[str, Any]:
 
 
 def differences(stored: Any, found: Any, where: str = "") -> Iterator[str]:
-    """Keys that came later are no difference."""
+    """Yield the differences of two values. Keys that are only in `found` are ignored."""
     if isinstance(stored, dict) and isinstance(found, dict):
         for key, value in stored.items():
             yield from differences(value, found.get(key), f"{where}/{key}")

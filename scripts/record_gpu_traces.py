@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Record small GPU traces of OLMoE-1B-7B's true shape with random weights, as a user would have them.
+"""Record small GPU traces of OLMoE-1B-7B's true shape with random weights, as a user would.
 
     python scripts/record_gpu_traces.py --out tests/data/h200
     python scripts/record_gpu_traces.py --out traces --all --tar     # with those of record_graph_traces.py,
-                                                                     # and of two ranks where two GPUs are
+                                                                     # and two ranks if there are two GPUs
 
-Each workload is recorded with `moe_trace.profile` and written as one merged `.json.gz`; the trace as the
-profiler wrote it can be had back exactly, because merging only adds. They have two layers, so that they are
-small, but for `prefill_decode_16_layers`. A workload that fails is named at the end, and the others go on.
+Each workload is recorded with `moe_trace.profile` and written as one merged `.json.gz`. The profiler's trace
+can be restored exactly, because merging only adds. To keep them small, the traces have two layers, except
+`prefill_decode_16_layers`. A workload that fails is named at the end and does not stop the others.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ VOCAB = 50304
 
 
 def true_shape(layers: int) -> OlmoeConfig:
-    """OLMoE-1B-7B-0924's sizes, with fewer layers."""
+    """Return a config with OLMoE-1B-7B-0924's sizes and fewer layers."""
     return OlmoeConfig(
         hidden_size=2048,
         intermediate_size=1024,
@@ -95,7 +95,7 @@ def prefill_decode(model: OlmoeForCausalLM) -> Callable[[], None]:
 
 
 def generate_static(model: OlmoeForCausalLM) -> Callable[[], None]:
-    """With a static cache, transformers compiles the decode step and captures it in CUDA graphs."""
+    """Generate with a static cache: transformers compiles the decode step and captures it in CUDA graphs."""
     model.eval().set_experts_implementation("grouped_mm")
     ids = tokens(1, 64)
 
@@ -126,16 +126,16 @@ def train(checkpointing: dict[str, Any] | None = None) -> Callable[[OlmoeForCaus
 
 @dataclass(frozen=True)
 class Workload:
-    """What is recorded, and how."""
+    """A recorded workload and its options."""
 
     prepare: Callable[[OlmoeForCausalLM], Callable[[], None]]
     steps: int = 2
     layers: int | None = None
-    """By default those of the command line."""
+    """Number of layers; by default that of the command line."""
     profiler: dict[str, Any] = field(default_factory=dict)
     """Arguments of `torch.profiler.profile`."""
     hooks_first: bool = False
-    """Whether the hooks are put on before the first forward, as for what is compiled."""
+    """Whether hooks are registered before the first forward, as compiled code needs."""
 
 
 SHAPES = {"record_shapes": True}
@@ -160,7 +160,7 @@ MORE_WORKLOADS = {
 
 
 def true_model(layers: int) -> OlmoeForCausalLM:
-    """On the GPU, in bfloat16."""
+    """Return a model of the true shape on the GPU, in bfloat16."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     gc.collect()
@@ -198,7 +198,7 @@ def record(name: str, workload: Workload, layers: int, out: Path) -> None:
 
 
 def record_two_ranks(out: Path) -> None:
-    """The demo model, expert-parallel on two GPUs."""
+    """Record the demo model, expert-parallel on two GPUs."""
     script = Path(__file__).with_name("record_ep_steps.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
     options = ["--device", "cuda", "--steps", "2", "--rows", "1", "--tokens", "64"]

@@ -4,10 +4,10 @@
     python scripts/record_graph_traces.py --out tests/data/h200_graphs
     python scripts/record_graph_traces.py --cpu --out tests/data/cpu_compiled   # small layers, no GPU
 
-There those of another torch than the pinned one have its version in their names.
+In these folders, traces of a torch other than the pinned one have its version in their names.
 
-Each is merged as `prof.export_chrome_trace` does, with a range `moe.graph/...` round each forward that the
-host sees. What was placed, and why other calls were not, is printed.
+Each trace is merged as by `prof.export_chrome_trace`, with a range `moe.graph/...` around each forward that
+the host sees. Prints the number of placed calls, and why other calls were not placed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def compiled_model(model: OlmoeForCausalLM) -> Replay:
 
 
 def compiled_function(model: OlmoeForCausalLM) -> Replay:
-    """A function that calls the model: even the model's own hooks are inside the graph."""
+    """Compile a function that calls the model, so that even the model's own hooks are inside the graph."""
 
     def next_logits(ids: torch.Tensor, **options: Any) -> torch.Tensor:
         return model(ids, **options).logits
@@ -54,7 +54,7 @@ def compiled_layers(model: OlmoeForCausalLM) -> Replay:
 
 
 def without_graphs(model: OlmoeForCausalLM) -> Replay:
-    """Compiled, and launched kernel by kernel."""
+    """Compile without CUDA graphs, so that kernels are launched one by one."""
     return _calls(torch.compile(model, fullgraph=True), model, batch=4, length=16)
 
 
@@ -65,38 +65,38 @@ def layers_without_graphs(model: OlmoeForCausalLM) -> Replay:
 
 
 def compiled_blocks(model: OlmoeForCausalLM) -> Replay:
-    """The MoE blocks alone, as regional compilation does."""
+    """Compile only the MoE blocks, as regional compilation does."""
     for layer in model.model.layers:
         layer.mlp.compile(fullgraph=True)
     return _calls(model, model, batch=4, length=16)
 
 
 def compiled_router(model: OlmoeForCausalLM) -> Replay:
-    """The routers alone; the experts run as written."""
+    """Compile only the routers; the experts run eagerly."""
     for layer in model.model.layers:
         layer.mlp.gate.compile(fullgraph=True)
     return _calls(model, model, batch=4, length=16)
 
 
 def compiled_experts(model: OlmoeForCausalLM) -> Replay:
-    """The experts alone; the routers run as written."""
+    """Compile only the experts; the routers run eagerly."""
     for layer in model.model.layers:
         layer.mlp.experts.compile(fullgraph=True)
     return _calls(model, model, batch=4, length=16)
 
 
 def compiled_training(model: OlmoeForCausalLM) -> Replay:
-    """Forward and backward of a model that is compiled as a whole."""
+    """Run forward and backward of a model that is compiled as a whole."""
     return _training(torch.compile(model, fullgraph=True), model)
 
 
 def training_with_graphs(model: OlmoeForCausalLM) -> Replay:
-    """The same, in CUDA graphs."""
+    """Run compiled forward and backward in CUDA graphs."""
     return _training(torch.compile(model, mode="reduce-overhead", fullgraph=True), model)
 
 
 def training_layers(model: OlmoeForCausalLM) -> Replay:
-    """Each layer compiled by itself, forward and backward."""
+    """Run forward and backward with each layer compiled separately."""
     for layer in model.model.layers:
         layer.compile(fullgraph=True)
     return _training(model, model)
@@ -129,7 +129,7 @@ def _calls(forward: Any, model: OlmoeForCausalLM, batch: int = 1, length: int = 
 
 
 def by_hand(model: OlmoeForCausalLM) -> Replay:
-    """One forward captured into a graph; each replay is a step."""
+    """Capture one forward by hand into a graph; each replay is a step."""
     ids = tokens(4, 16)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -227,7 +227,7 @@ def main() -> None:
     for name in arguments.only or (ON_A_CPU if arguments.cpu else WORKLOADS):
         try:
             record(name, model, arguments.out)
-        except Exception:  # the others go on
+        except Exception:  # continue with the others
             traceback.print_exc()
             failed.append(name)
     if failed:

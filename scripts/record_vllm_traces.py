@@ -1,11 +1,11 @@
-"""Record the traces of tests/data/vllm_traces: vLLM on the demo model, with moe_trace beside it.
+"""Record the traces of tests/data/vllm_traces: vLLM on the demo model, with moe_trace installed.
 
     python scripts/record_vllm_traces.py tests/data/vllm_traces
 
-Needs vLLM (`make test-vllm` makes an environment that has it) and moe_trace installed there: the engine's
-processes find it by its entry point. Three folders: `eager` and `compiled`, one worker each, and `tp2`, two
-tensor-parallel ones. Each answers LENGTHS prompts with TOKENS tokens, few enough at a time that steps mix
-prefill and decode.
+Needs vLLM (`make test-vllm` creates an environment with it) and moe_trace installed there, because the
+engine's processes find moe_trace by its entry point. Writes three folders: `eager` and `compiled` with one
+worker each, and `tp2` with two tensor-parallel workers. Each engine answers LENGTHS prompts with TOKENS
+tokens, so few at a time that steps mix prefill and decode.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 LENGTHS = (9, 30, 17)
 TOKENS = 5
 ENGINES = {"eager": (1, True), "compiled": (1, False), "tp2": (2, True)}
-"""Folder -> tensor-parallel size, and whether eager."""
+"""Folder -> tensor-parallel size, and whether the engine is eager."""
 
 
 def record(folder: Path, tensor_parallel_size: int, eager: bool) -> None:
-    """One start of the engine."""
+    """Start the engine once and record its traces."""
     from vllm import LLM, SamplingParams
 
     from moe_trace.demo import DEMO_PROMPTS, demo_path
@@ -54,7 +54,7 @@ def record(folder: Path, tensor_parallel_size: int, eager: bool) -> None:
 
 
 def main() -> None:
-    """Each engine in a process of its own: two do not fit into one."""
+    """Run each engine in a separate process, because one process cannot hold two."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--engine", choices=ENGINES, help="only this one, in this process")

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Record millions of router calls with one tracer, and show that resident memory stays flat.
+"""Record millions of router calls with one tracer, and check that resident memory stays constant.
 
     python scripts/soak_calls.py                # 10 million calls: minutes
     python scripts/soak_calls.py --calls 1e6
 
-Prints a row each tenth of the way, as it goes; exits 1 if memory grew by more than the bound after the first
-tenth, within which the tracer's capacity is reached, or if a call is neither recorded nor counted.
+Prints a row after each tenth of the calls. The tracer's capacity is reached within the first tenth. The exit
+status is 1 if memory then grows by more than the bound, or if a call is neither recorded nor counted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import moe_trace
 
 
 def resident_mib() -> float:
-    """Memory of this process."""
+    """Return the resident memory of this process in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 

@@ -1,11 +1,11 @@
-"""The tests of other frameworks' routers, each framework in a folder of its own; writes docs/frameworks.md.
+"""Test the routers of other frameworks, each framework in its own folder, and write docs/frameworks.md.
 
-    python scripts/test_hosts.py                  # all of them
-    python scripts/test_hosts.py torchtitan       # some
-    python scripts/test_hosts.py --ci             # those of `scripts/test.sh`: the time that it has
+    python scripts/test_hosts.py                  # all frameworks
+    python scripts/test_hosts.py torchtitan       # some of them
+    python scripts/test_hosts.py --ci             # the quick ones, as in `scripts/test.sh`
 
-Packages stand without their dependencies before those of .venv, so that torch stays as it is; what a
-framework's routers import besides is named here. Folders are kept in the user's cache.
+Packages are installed without their dependencies and come before those of .venv on the path, so that torch
+stays as it is. This file lists what else a framework's routers import. Folders are kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _AMAZON = "boto3 botocore s3transfer jmespath python-dateutil six requests crypt
 
 @dataclass(frozen=True)
 class Host:
-    """A framework: its package, what that needs besides, and how its tests are told."""
+    """A framework: its package, further requirements, test file, and the texts of its table row."""
 
     package: str
     needs: str

@@ -1,8 +1,8 @@
-"""The truth-first tests on other versions of Python, torch and transformers; test_versions.sh calls this.
+"""Run tests/versions on other versions of Python, torch and transformers; called by test_versions.sh.
 
-An environment holds what differs from .venv: its packages come first, and .venv stands behind them. With
-another Python it holds everything. Environments are kept in the user's cache, since torch has some gigabytes,
-and so serve every checkout.
+An environment contains the packages that differ from .venv. They come first on the path, followed by .venv.
+With another Python it contains everything. Environments are kept in the user's cache, because torch takes
+some gigabytes, and serve every checkout.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TABLE = ROOT / "docs" / "versions.md"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_trace" / "versions"
 OLDEST = "torch==2.9.1 transformers==5.0.0"
 CI = ("transformers==5.0.0",)
-"""The newest transformers is what .venv has; a torch with CUDA, such as the oldest, is 6 GB to fetch."""
+"""The newest transformers is in .venv. A torch with CUDA, such as the oldest, is a download of 6 GB."""
 ALL = (
     OLDEST,
     "transformers==5.0.0",
@@ -53,7 +53,7 @@ torch 2.15 needs nothing beyond its own wheel. Not run on any version: a GPU wit
 
 @dataclass(frozen=True)
 class Row:
-    """One environment: what was installed, and how its tests ended."""
+    """One environment: its installed versions and test results."""
 
     versions: tuple[str, ...]
     passed: int
@@ -67,7 +67,7 @@ class Row:
 
 
 def main() -> int:
-    """Run all that were asked for; returns 1 if one test failed anywhere."""
+    """Run the requested environments; return 1 if any test failed."""
     parser = argparse.ArgumentParser(description="Run tests/versions on other versions.")
     parser.add_argument(
         "versions",
@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def write_table() -> None:
-    """The last run of each environment of the matrix; one that has not run has no row."""
+    """Write the last run of each environment of the matrix; an environment without a run has no row."""
     pythons = [folder_of(requirements) / "bin" / "python" for requirements in ALL]
     rows = [last_row(python) for python in pythons if report_of(python).exists()]
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *map(str, rows)]
@@ -98,7 +98,7 @@ def write_table() -> None:
 
 
 def folder_of(requirements: str) -> Path:
-    """Where the environment of these requirements is kept."""
+    """Return the folder of the environment of these requirements."""
     own = f"python=={sys.version_info.major}.{sys.version_info.minor}"
     words = requirements.split() if requirements.startswith("python==") else [own, *requirements.split()]
     return CACHE / "_".join(words).replace("==", "-")
@@ -109,10 +109,10 @@ def report_of(python: Path) -> Path:
 
 
 def environment(requirements: str) -> Path:
-    """The Python of an environment in which `requirements` are installed; made when it is missing.
+    """Return the Python of an environment with `requirements`, creating it if it is missing.
 
     Raises:
-        SystemExit: there is no such Python, or no such package can be installed.
+        SystemExit: if the Python is missing or a package cannot be installed.
     """
     wanted = [word for word in requirements.split() if not word.startswith("python==")]
     version = next((word[8:] for word in requirements.split() if word.startswith("python==")), "")
@@ -133,13 +133,13 @@ def environment(requirements: str) -> Path:
 
 
 def check(what: str, command: list[str]) -> None:
-    """Run it; a matrix that leaves out what it could not install would look like one that passed."""
+    """Run a command and exit if it fails: a matrix without what failed to install would look like a pass."""
     if subprocess.run(command).returncode:
         sys.exit(f"test_versions: cannot {what} an environment: {' '.join(command)}")
 
 
 def interpreter(version: str) -> str:
-    """A Python of that version: from PATH, else one of pyenv's; the present one where none is asked for."""
+    """Return a Python of that version, from PATH or from pyenv; the running one if `version` is empty."""
     if not version:
         return sys.executable
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
@@ -151,7 +151,7 @@ def interpreter(version: str) -> str:
 
 
 def declared() -> list[str]:
-    """What setup.cfg says the package needs, without the versions that the matrix is about."""
+    """Return the requirements of setup.cfg, except torch and transformers, which the matrix varies."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     lines = config["options"]["install_requires"].strip().splitlines()
@@ -159,7 +159,7 @@ def declared() -> list[str]:
 
 
 def run(python: Path) -> None:
-    """Run the tests there; pytest writes what came of them."""
+    """Run the tests in that environment; pytest writes the results to a file."""
     report_of(python).unlink(missing_ok=True)
     options = ["-q", "-p", "no:cacheprovider", "--durations=0", "--durations-min=20"]
     command = [str(python), "-m", "pytest", *options, f"--junit-xml={report_of(python)}", "tests/versions"]
@@ -167,7 +167,7 @@ def run(python: Path) -> None:
 
 
 def last_row(python: Path) -> Row:
-    """How the last run ended there, and on what, from pytest's own XML."""
+    """Return versions and results of the last run, from pytest's XML."""
     if not report_of(python).exists():
         sys.exit(f"test_versions: {python} has run no test")
     suite = next(iter(ElementTree.parse(report_of(python)).getroot().iter("testsuite")))

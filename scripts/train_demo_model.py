@@ -1,11 +1,11 @@
-"""Trains the demo model of `moe_trace.demo` and writes its weights and its model card.
+"""Train the demo model of `moe_trace.demo` and write its weights and its model card.
 
     python scripts/train_demo_model.py                            # about 17 minutes on two CPU cores
     python scripts/train_demo_model.py --device cuda              # as shipped: 6 minutes on an H200
     python scripts/train_demo_model.py --steps 20 --out try       # a quick try
 
-Deterministic: on one machine, with one torch and one number of threads, two runs write the same bytes.
-Tensor names end in their shape: R rows, T tokens a row, L layers, E experts.
+Training is deterministic: on one machine, with the same torch and number of threads, two runs write the same
+bytes. Tensor names end in their shape: R rows, T tokens per row, L layers, E experts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # cuBLAS reads it once; without it sums may differ
+)  # cuBLAS reads it once; without it, sums may differ
 
 import torch
 from demo_card import Run, evaluate, write_card
@@ -61,14 +61,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_deterministic(seed: int, threads: int, device: str) -> None:
-    """Strict on the CPU; on CUDA a few kernels have no deterministic form, so there it warns."""
+    """Make torch deterministic. On CUDA it only warns, because a few kernels have no deterministic form."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
 
 
 def make_config(aux_coef: float, seq_len: int) -> OlmoeConfig:
-    """OLMoE-1B-7B in small: top-k of a softmax, not renormalised; 4 of 16 experts in each of 4 layers."""
+    """Return a small OLMoE-1B-7B: top-k of a softmax, not renormalised; 4 layers, 4 of 16 experts."""
     return OlmoeConfig(
         vocab_size=len(ByT5Tokenizer()),
         hidden_size=128,
@@ -88,7 +88,7 @@ def make_config(aux_coef: float, seq_len: int) -> OlmoeConfig:
 
 
 def encode(documents: list[str]) -> torch.Tensor:
-    """Documents -> one int64 vector of token ids, an end token after each document."""
+    """Return one int64 vector of token ids, with an end token after each document."""
     ids: list[int] = []
     for text in documents:
         ids.extend(byte + BYTE_OFFSET for byte in text.encode())
@@ -97,7 +97,7 @@ def encode(documents: list[str]) -> torch.Tensor:
 
 
 def draw_batches(corpora: list[Corpus], args: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """Yields one (R, T) batch a step; row r is from domain r modulo D, from a place drawn with the seed."""
+    """Yield one (R, T) batch per step. Row r is from domain r modulo D, at an offset drawn with the seed."""
     streams = [encode(corpus.train) for corpus in corpora]
     generator = torch.Generator().manual_seed(args.seed)
     for _ in range(args.steps):
@@ -110,14 +110,14 @@ def draw_batches(corpora: list[Corpus], args: argparse.Namespace) -> Iterator[to
 
 
 def learning_rate_share(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to `FINAL_LEARNING_RATE_SHARE`."""
+    """Return linear warm-up, then half a cosine down to `FINAL_LEARNING_RATE_SHARE`."""
     warm = min(1.0, (step + 1) / WARMUP_STEPS)
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return warm * (FINAL_LEARNING_RATE_SHARE + (1 - FINAL_LEARNING_RATE_SHARE) * cosine)
 
 
 def make_optimizer(model: OlmoeForCausalLM, lr: float) -> torch.optim.AdamW:
-    """Weight decay for matrices only: norms have no scale to shrink."""
+    """Return AdamW with weight decay for matrices only, since norms have no scale to shrink."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -125,10 +125,10 @@ def make_optimizer(model: OlmoeForCausalLM, lr: float) -> torch.optim.AdamW:
 
 
 def load_imbalance(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
-    """The Switch Transformer's balancing loss, per layer, then the mean: top_k when even, up to E when not.
+    """Return the Switch Transformer's balancing loss, averaged over layers: top_k if even, up to E if not.
 
-    transformers pools all layers before it takes the product, so that layers that collapse onto different
-    experts look balanced together (after 60 steps 5 of 16 experts were in use, and the pooled value was 4.1).
+    transformers pools all layers before it takes the product. Layers that collapse onto different experts
+    then look balanced together (after 60 steps 5 of 16 experts were in use, and the pooled value was 4.1).
     """
     losses = []
     for logits_NE in router_logits:
@@ -144,9 +144,9 @@ def train(
     args: argparse.Namespace,
     after_step: Callable[[int], None] = lambda _: None,
 ) -> float:
-    """Trains `model` in place and returns the mean training loss (nats a token) of the last 50 steps.
+    """Train `model` in place and return the mean training loss (nats per token) of the last 50 steps.
 
-    `after_step` is told how many steps are done.
+    `after_step` is called with the number of finished steps.
     """
     optimizer = make_optimizer(model, args.lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -177,10 +177,10 @@ def train(
 
 
 def save(model: OlmoeForCausalLM, out: Path) -> Path:
-    """Writes config and bfloat16 weights; returns the weights file. Stops if it is over the limit."""
+    """Write config and bfloat16 weights; return the weights file. Exit if it exceeds the size limit."""
     model.to(torch.bfloat16).save_pretrained(out)
     weights = out / "model.safetensors"
-    weights.chmod(0o644)  # the writer leaves it readable by its owner only
+    weights.chmod(0o644)  # the writer makes it readable by its owner only
     size_bytes = weights.stat().st_size
     if size_bytes > MAX_WEIGHTS_BYTES:
         raise SystemExit(
@@ -197,7 +197,7 @@ def main() -> None:
         return
     make_deterministic(args.seed, args.threads, args.device)
     config = make_config(args.aux_coef, args.seq_len)
-    # The loop over experts: a training step on a CPU takes a tenth of the grouped kernel's time.
+    # With the loop over experts, a training step on a CPU takes a tenth of the grouped kernel's time.
     model = OlmoeForCausalLM._from_config(config, experts_implementation="eager").to(args.device)
     held_out = {corpus.domain: encode(corpus.held_out) for corpus in corpora}
     untrained = evaluate(model, held_out, args.seq_len)
@@ -205,7 +205,7 @@ def main() -> None:
     train_loss = train(model, corpora, args)
     seconds = time.monotonic() - start
     weights = save(model, args.out)
-    # What ships is what is measured: the rounded weights, read back.
+    # Measure what ships: the rounded weights, read back from disk.
     saved = OlmoeForCausalLM.from_pretrained(args.out, dtype=torch.float32, experts_implementation="eager")
     trained = evaluate(saved.to(args.device), held_out, args.seq_len)
     run = Run(args=args, config=config, train_loss=train_loss, seconds=seconds, weights=weights)

@@ -1,11 +1,11 @@
-"""Makes the routes, the words and the pictures of docs/routes_walkthrough.md.
+"""Make the routes, the printed output and the pictures of docs/routes_walkthrough.md.
 
-    python scripts/walk_through_routes.py                     # some five minutes on two CPU cores
+    python scripts/walk_through_routes.py                     # about five minutes on two CPU cores
     python scripts/walk_through_routes.py --steps 20 --out try --work try/work   # a quick try
 
-A small OLMoE learns documentation, code and JSON, and its checkpoints are kept in `--work`: a second run
-takes them from there. Each of them, and the demo model of `moe_trace.demo`, then routes the same held-out
-text; what they chose goes into routes files, and what `moe-trace routes` says of those into pictures.
+A small OLMoE is trained on documentation, code and JSON. Its checkpoints are kept in `--work`, and a second
+run reuses them. Each checkpoint, and the demo model of `moe_trace.demo`, then routes the same held-out text.
+Their choices are written to routes files, and the output of `moe-trace routes` on these files to pictures.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from pictures import write_small  # noqa: E402
 from tests.browser.harness import Internet, chromium, find_chromium, offline_context  # noqa: E402
 
 SHARES = (0.0, 0.01, 0.03, 0.06, 0.12, 0.25, 0.5, 0.75, 1.0)
-"""Of the steps, after which a checkpoint is kept."""
+"""Shares of the training steps after which a checkpoint is kept."""
 ROWS = 6
-"""Sequences of each domain that are routed."""
+"""Number of routed sequences of each domain."""
 WIDTH = 1100
 LAYER, EXPERT_LAYER = 2, 3
 
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_corpora() -> list[Corpus]:
-    """Documentation of this package, a part of Python's standard library, and its characters as JSON."""
+    """Read documentation of this package, a part of Python's standard library, and its characters as JSON."""
     guides = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")])
     sources = {
         "docs": [(guide.name, guide.read_text(encoding="utf-8")) for guide in guides],
@@ -71,7 +71,7 @@ def read_corpora() -> list[Corpus]:
 
 
 def train_checkpoints(corpora: list[Corpus], args: argparse.Namespace) -> dict[int, Path]:
-    """Steps -> the weights after them, trained now or by an earlier run."""
+    """Return a mapping from steps to the weights after them, trained now or by an earlier run."""
     steps = sorted({round(share * args.steps) for share in SHARES})
     files = {step: args.work / f"step{step:05d}.pt" for step in steps}
     if all(file.exists() for file in files.values()):
@@ -88,19 +88,19 @@ def train_checkpoints(corpora: list[Corpus], args: argparse.Namespace) -> dict[i
 
 
 def new_model(args: argparse.Namespace) -> OlmoeForCausalLM:
-    """Of the demo model's shape, untrained."""
+    """Return an untrained model of the demo model's shape."""
     config = make_config(args.aux_coef, args.seq_len)
     return OlmoeForCausalLM._from_config(config, experts_implementation="eager")
 
 
 def held_out_rows(corpus: Corpus, args: argparse.Namespace) -> torch.Tensor:
-    """[ROWS, seq_len] token ids of documents that nothing was trained on."""
+    """Return [ROWS, seq_len] token ids of documents that were not used in training."""
     stream = encode(corpus.held_out)
     return stream[: ROWS * args.seq_len].view(ROWS, args.seq_len)
 
 
 def record(model: OlmoeForCausalLM, ids_RT: torch.Tensor, file: Path) -> Path:
-    """Route the tokens once; save where each went."""
+    """Route the tokens once and save their routes."""
     options = moe_trace.Routes(weights=True, token_ids=True)
     with moe_trace.MoETracer(model.eval(), routes=options) as tracer, torch.no_grad():
         model(input_ids=ids_RT, attention_mask=torch.ones_like(ids_RT), use_cache=False)
@@ -110,7 +110,7 @@ def record(model: OlmoeForCausalLM, ids_RT: torch.Tensor, file: Path) -> Path:
 
 
 def record_all(corpora: list[Corpus], args: argparse.Namespace) -> tuple[list[Path], list[Path]]:
-    """Files of the checkpoints, on all domains together, and of the demo model, one a domain."""
+    """Return files of the checkpoints on all domains together, and of the demo model, one per domain."""
     rows = {corpus.domain: held_out_rows(corpus, args) for corpus in corpora}
     together = torch.cat([ids_RT[: ROWS // 2] for ids_RT in rows.values()])
     model, checkpoints = new_model(args), []
@@ -122,7 +122,7 @@ def record_all(corpora: list[Corpus], args: argparse.Namespace) -> tuple[list[Pa
 
 
 def command(*words: str | Path) -> None:
-    """A command of moe-trace, and what it prints."""
+    """Run a command of moe-trace and print its output."""
     given = [word.name if isinstance(word, Path) else word for word in words]
     print("$ moe-trace " + shlex.join(given), flush=True)
     if moe_trace_command(given):
@@ -130,7 +130,7 @@ def command(*words: str | Path) -> None:
 
 
 def take_pictures(pages: dict[str, Path], out: Path) -> None:
-    """Figures one by one, and the tokens of the demo model."""
+    """Take pictures of single figures, and of the tokens of the demo model."""
     executable = find_chromium()
     if executable is None:
         raise SystemExit("found no Chromium")
@@ -162,7 +162,7 @@ FIGURES: dict[str, tuple[str, str, int | None]] = {
     "distinct": ("domains", "distinct", None),
     "cache": ("domains", "cache", None),
 }
-"""Picture -> page, figure, and the place of its slider."""
+"""Picture -> page, figure, and position of its slider."""
 
 
 def move(page: Any, slider: str, value: int) -> None:
@@ -173,7 +173,7 @@ def move(page: Any, slider: str, value: int) -> None:
 
 
 def busiest(page: Any) -> int:
-    """The expert with the most assignments of the shown layer."""
+    """Return the expert of the shown layer with the most assignments."""
     found = page.locator(".expert-chip").evaluate_all(
         "all => all.map(e => Number(e.title.match(/: ([\\d,]+) /)[1].replaceAll(',', '')))"
     )
@@ -187,7 +187,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     make_deterministic(args.seed, args.threads, args.device)
     checkpoints, domains = record_all(read_corpora(), args)
-    os.chdir(args.work)  # the commands, and the pages, name the files as somebody there does
+    os.chdir(args.work)  # commands and pages then show relative paths
     command("routes", "study", *checkpoints)
     command("routes", "study", *domains)
     command("routes", "cache", domains[1], "--experts-in-memory", "4,8,12", "--each-token")
