@@ -3,7 +3,7 @@
 Each A has two Bs: one without and one with a change. The recordings read different pieces of the same kind of
 text (source code), like two runs of an evaluation. Each of these changes is made in a quarter of the pairs:
 
-    layer   the busiest and the least busy experts of one layer are swapped in its gate (one of each; on a GPU,
+    layer   the busiest and the least busy experts of a layer are swapped in its gate (one of each; on a GPU,
             where random weights load all experts alike, as many as top-k)
     experts 5 % more hidden units in each expert, with weight 0
     kernels another implementation of the experts
