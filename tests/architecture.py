@@ -1,9 +1,9 @@
-"""The rules of the package's structure, as functions from sources to what breaks them.
+"""Rules of the package's structure, as functions from sources to violations.
 
-`Sources` maps a file's path inside the package to its text, so that a rule can be shown a package that breaks
-it. An import counts wherever it stands: at the top, inside a function, or for type checking only.
+`Sources` maps a file's path inside the package to its text, so that a rule can be tested on a package that
+violates it. Imports count everywhere: at the top, inside a function, or for type checking only.
 
-A folder is one node: the Python files that lie directly in it. A folder and its subfolder are two nodes, so
+A folder is one node: the Python files directly in it. A folder and its subfolder are two nodes, so
 an arrow from `read/` to `read/file/` forbids one back.
 """
 

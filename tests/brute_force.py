@@ -1,6 +1,6 @@
-"""A trace read the slow way: plain `json`, every pair of events, no code of moe_trace.
+"""Brute-force reading of a trace: plain `json`, every pair of events, no code of moe_trace.
 
-What the reading half computes from columns is computed here event by event, in whole nanoseconds.
+This computes event by event, in whole nanoseconds, what the package computes from columns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small model, and the ways in which people compile one."""
+"""A small model, and common ways to compile it."""
 
 from __future__ import annotations
 

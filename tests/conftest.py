@@ -1,4 +1,4 @@
-"""What holds for every test: no network, no GPU test without a GPU, and nothing left behind."""
+"""Rules of every test: no network, no GPU test without a GPU, and nothing left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routes drawn by Hypothesis, with what can be missing or odd, and the plain lists that they stand for."""
+"""Hypothesis strategies for routes, including missing and unusual data, with equivalent plain lists."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Programs in processes of their own that have torch and transformers already: their import takes seconds.
+"""Run programs in separate processes with torch and transformers already imported, which takes seconds.
 
 The server (this file, run as a script) imports them once and forks for each program. The child has its own
-arguments, folder and streams, and ends as any Python process does: by its status or a signal, after its
-threads and what waits for the end. Nothing of moe_trace is imported before. What is about the start of
-Python, the import of torch or several processes belongs into a process that starts anew.
+arguments, folder and streams. It ends like any Python process, by exit status or signal, after its threads
+and its exit handlers. The server imports nothing of moe_trace. Tests that concern the start of Python, the
+import of torch or several processes must start a new process instead.
 """
 
 from __future__ import annotations

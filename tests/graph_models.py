@@ -1,4 +1,4 @@
-"""A small model on a GPU, and the ways in which torch.compile puts one into CUDA graphs."""
+"""A small model on a GPU, and ways in which torch.compile captures it in CUDA graphs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Mixtures of experts as people write them by hand. Each keeps in `truth` the tokens that each expert got.
+"""Hand-written mixtures of experts. Each keeps the tokens that each expert received in `truth`.
 
-None imports another's code, as on GitHub: what they have in common is what a tracer may rely on.
+They share no code, like those on GitHub. A tracer can only rely on what they have in common.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Finds what a test left behind: threads, open profiler ranges, and hooks of moe_trace on somebody's module.
+"""Find what a test left behind: threads, open profiler ranges, and hooks of moe_trace on modules.
 
-Torch is never imported here, so a test of the half that reads traces stays as light as that half. It is
-watched from the first test that starts with torch imported; a test that is itself the first to import it is
-watched for threads alone.
+This module never imports torch, so tests of reading traces stay free of it. Ranges and hooks are checked from
+the first test that starts with torch imported. The test that imports torch first is only checked for threads.
 """
 
 from __future__ import annotations

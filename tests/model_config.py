@@ -1,4 +1,4 @@
-"""The config of a small OLMoE, as a `config.json` holds it."""
+"""Config of a small OLMoE, as in a `config.json`."""
 
 CONFIG = {
     "model_type": "olmoe",

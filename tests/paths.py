@@ -1,4 +1,4 @@
-"""Where things stand in the checkout, for tests at any depth."""
+"""Paths in the checkout, for tests in any folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text report taken apart: tables by their title, and cells held against values."""
+"""Parse the text report into tables by title, and compare cells with values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways in which other tools write the same event again."""
+"""Different ways in which other tools write the same event."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What merging added to a trace, and the bytes that the profiler itself wrote."""
+"""Separate what merging added to a trace from the bytes that the profiler wrote."""
 
 from __future__ import annotations
 

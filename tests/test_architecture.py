@@ -1,7 +1,7 @@
-"""The package's structure: what may import what, no circles, nothing too big, torch in one half only.
+"""Tests of the package's structure: allowed imports, no cycles, size limits, torch in one half only.
 
-The rules are in `architecture.py`. `KNOWN_*` are breaks that wait to be mended: mend one, and take it off.
-`EXCEPTIONS` are those that stay, each with its reason.
+The rules are in `architecture.py`. `KNOWN_*` are violations to be fixed; remove an entry when it is fixed.
+`EXCEPTIONS` are permanent, each with its reason.
 """
 
 from __future__ import annotations

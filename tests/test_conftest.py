@@ -1,4 +1,4 @@
-"""The fixture that guards every other test can itself fail."""
+"""Tests that the fixture that guards all other tests can fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every block of the guides runs as written; the notebook executes; links lead somewhere."""
+"""Tests that every block of the guides runs as written, the notebook executes, and links have targets."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Merged traces of several ranks made by hand, with round numbers and clocks that are off by known amounts.
+"""Hand-made merged traces of several ranks, with round numbers and known clock offsets.
 
-Every rank runs the layers of `tiny_trace` at the same true times; beside them its experts' range holds three
-all-to-alls through NCCL, whose kernels stand here, in true microseconds after the start of the call:
+Every rank runs the layers of `tiny_trace` at the same true times; its experts' range also contains three
+NCCL all-to-alls, with kernels at these true microseconds after the start of the call:
 
     counts     all ranks 1047 .. 1049
     dispatch   rank r arrives at 1050 + 3 r, all end at 1065
     combine    rank r arrives at 1087 + 10 r, all end at 1130
 
-So of R ranks the last is always the last to arrive: rank r waits 3 (R - 1 - r) and 10 (R - 1 - r) µs.
+So the last of R ranks always arrives last: rank r waits 3 (R - 1 - r) and 10 (R - 1 - r) µs.
 """
 
 from __future__ import annotations

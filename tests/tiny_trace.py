@@ -1,4 +1,4 @@
-"""A merged trace made by hand, with round numbers and no torch: two layers, a GPU, any number of calls.
+"""Hand-made merged trace with round numbers and without torch: two layers, a GPU, any number of calls.
 
 Each call of a layer takes 100 µs on the host:
 

@@ -1,4 +1,4 @@
-"""What a start of vLLM's engine left, for the tests in `vllm_engine/`."""
+"""Read the results of a start of vLLM's engine, for the tests in `vllm_engine/`."""
 
 from __future__ import annotations
 

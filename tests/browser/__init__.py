@@ -1,1 +1,1 @@
-"""Tests that look at our files as a user does: TensorBoard's pages in a real headless Chromium."""
+"""Tests of TensorBoard's pages in a real headless Chromium."""

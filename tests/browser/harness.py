@@ -1,12 +1,12 @@
-"""Starts TensorBoard, and a Chromium that reaches nothing but this machine.
+"""Start TensorBoard, and a Chromium that can only reach this machine.
 
     with tensorboard(logdir, scratch) as url, chromium(executable) as browser:
         with offline_context(browser, Internet()) as context:
             page = context.new_page()
             page.goto(url)
 
-The pages of torch-tb-profiler ask the internet for two scripts. Both are answered from here; every other
-request that would leave the machine is refused and remembered, so that a test can assert that there was none.
+The pages of torch-tb-profiler request two scripts from the internet. Both are served from here. Every other
+request that would leave the machine is refused and recorded, so that a test can assert that there was none.
 """
 
 from __future__ import annotations

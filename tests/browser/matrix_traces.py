@@ -1,6 +1,6 @@
-"""The traces of the matrix, each merged by this release, and what each holds by a plain reading of its JSON.
+"""Traces of the viewer matrix, merged by this release, with their contents by a plain reading of the JSON.
 
-Another recorded trace takes part when its name is put into `RECORDED`.
+To include another recorded trace, add its name to `RECORDED`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Opens the MoE tab as a user does, and reads what it shows."""
+"""Open the MoE tab as a user does, and read what it shows."""
 
 from __future__ import annotations
 

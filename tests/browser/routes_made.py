@@ -1,4 +1,4 @@
-"""Routes made by hand, so that a test knows where each token went: expert = (id + 3 layer + 5 slot) mod E."""
+"""Hand-made routes whose experts are known by a formula: expert = (id + 3 layer + 5 slot) mod E."""
 
 from __future__ import annotations
 

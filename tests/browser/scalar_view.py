@@ -1,4 +1,4 @@
-"""Reads TensorBoard's scalar dashboard: groups of charts, each group open or closed, in pages of twelve."""
+"""Read TensorBoard's scalar dashboard: groups of charts, each open or closed, in pages of twelve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The MoE tab in a real Chromium that reaches nothing but this machine."""
+"""Tests of the MoE tab in a real Chromium that can only reach this machine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The helpers tell a page that shows something from one that does not, on a trace made by hand.
+"""Tests that the browser helpers distinguish pages that show something from empty ones, on a hand-made trace.
 
-Round numbers throughout: one CPU operation of 100 ms, and a process "Made by hand" whose tracks differ in one
-thing each. What the viewer makes of them is what the band has to reckon with.
+The trace has round numbers: one CPU operation of 100 ms, and a process "Made by hand" whose tracks each
+differ in one property. Our tracks in the trace have to cope with how the viewer draws these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Traces x viewers: what a user of each viewer is promised is there, without an error on the page.
+"""Traces x viewers: tests that each viewer shows what is promised, without an error on the page.
 
 Each cell leaves a screenshot, `screenshots/matrix_TRACE_VIEWER.png`.
 """

@@ -1,4 +1,4 @@
-"""The HTML report in a real Chromium, offline: it draws, takes keyboard and theme, and asks for nothing."""
+"""Tests of the HTML report in a real Chromium, offline: drawing, keyboard, theme, and no requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that come, go, and cannot be read, as the MoE tab in a real Chromium shows them."""
+"""Tests of runs that appear, disappear or cannot be read, in the MoE tab in a real Chromium."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Reads the Trace view of torch-tb-profiler: chrome://tracing's viewer inside two nested frames.
+"""Read the Trace view of torch-tb-profiler: chrome://tracing's viewer inside two nested frames.
 
 The viewer brings a shadow DOM polyfill that replaces the page's own query functions. Playwright's selectors
-break on it, so in the inner frame all goes through scripts of ours, and through the mouse and the keyboard.
+fail on it, so the inner frame is only accessed by our own scripts, the mouse and the keyboard.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Profiles the demo model as one of two gloo processes: python two_ranks.py RANK FOLDER STORE."""
+"""Profile the demo model as one of two gloo processes: python two_ranks.py RANK FOLDER STORE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipes in, closed and full streams out, names of any bytes: words, never a traceback."""
+"""Tests of input pipes, closed or full output streams and names of any bytes: messages, never tracebacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line promises everywhere: unique outputs, options explained, narrow terminals, Ctrl-C."""
+"""Properties of all commands: unique outputs, options explained, narrow terminals, Ctrl-C."""
 
 from __future__ import annotations
 

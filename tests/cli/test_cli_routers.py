@@ -1,4 +1,4 @@
-"""`moe-trace routers`: what is shown of any model, at 80 columns, without running it."""
+"""Tests of `moe-trace routers`: its output for any model, at 80 columns, without running the model."""
 
 from __future__ import annotations
 

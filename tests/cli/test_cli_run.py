@@ -1,6 +1,6 @@
-"""`moe-trace run` and `routers` as a person uses them: one process each, no terminal.
+"""Tests of `moe-trace run` and `routers` as a user runs them: one process each, no terminal.
 
-One of each starts anew; the others have torch already.
+One process of each is started from scratch; the others are forked with torch already imported.
 """
 
 from __future__ import annotations

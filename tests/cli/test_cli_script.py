@@ -1,7 +1,7 @@
-"""`moe-trace run script.py`: programs of users, run as Python runs them, with their models recorded.
+"""Tests of `moe-trace run script.py`: it runs a user's program as Python does and records its models.
 
-What is about the start of Python, the import of torch or a signal from outside runs in a process that starts
-anew (`run`); the others in one that has torch already (`fork_run`).
+Tests that concern the start of Python, the import of torch or an external signal start a new process (`run`).
+The others fork one that has imported torch already (`fork_run`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Each command, from any pipe, under any name, to any stream: words or figures, never a traceback.
+"""Tests of each command with any pipe, program name and output stream: results or messages, no traceback.
 
-A command that is added without a line here fails `test_no_command_is_left_out`.
+A new command without a line here fails `test_no_command_is_left_out`.
 """
 
 from __future__ import annotations

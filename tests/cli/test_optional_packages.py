@@ -1,4 +1,4 @@
-"""What the extras install is optional: without it all else works, and what needs it says what to install."""
+"""Tests without optional packages: a feature that needs one says what to install, and all others work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moe-trace routes study` and `cache`: what is printed is what the analyses say."""
+"""`moe-trace routes study` and `cache`: the output agrees with the analyses."""
 
 from __future__ import annotations
 

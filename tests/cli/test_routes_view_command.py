@@ -1,4 +1,4 @@
-"""`moe-trace routes view`, apart from what the page looks like."""
+"""Tests of `moe-trace routes view`, except for the look of its page."""
 
 from __future__ import annotations
 

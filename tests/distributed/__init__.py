@@ -1,1 +1,1 @@
-"""Many ranks: the processes of a test, the modes that they run, and what must hold of what they note."""
+"""Tests with several ranks: their processes, their parallel modes, and checks of what they record."""

@@ -1,4 +1,4 @@
-"""What must hold of the notes of all ranks, on a CPU over gloo and on GPUs over NCCL alike."""
+"""Checks of the notes of all ranks, both on a CPU over gloo and on GPUs over NCCL."""
 
 from __future__ import annotations
 

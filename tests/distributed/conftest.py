@@ -1,4 +1,4 @@
-"""One run of each number of processes for all modules of these tests."""
+"""Fixtures that share one run per number of processes among all modules."""
 
 from __future__ import annotations
 

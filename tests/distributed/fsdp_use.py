@@ -1,8 +1,9 @@
-"""One process of two that use a model sharded by FSDP 2 in the ways that users do, bare and traced.
+"""One of two processes that use a model sharded by FSDP 2 as users do, bare and traced.
 
     python -m distributed.fsdp_use OUT_FOLDER
 
-with RANK and WORLD_SIZE set. What was recorded, and what the experts received, is `OUT_FOLDER/<rank>.json`.
+with RANK and WORLD_SIZE set. `OUT_FOLDER/<rank>.json` contains what was recorded and what the experts
+received.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Two processes that share a model by FSDP 2: entered in several ways, generating, padded, in training."""
+"""Tests of a model sharded by FSDP 2 over two processes: ways to call it, generation, padding, training."""
 
 from __future__ import annotations
 

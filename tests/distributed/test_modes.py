@@ -1,4 +1,4 @@
-"""Every parallel mode on two gloo processes says what the single process says about the same batch."""
+"""Tests that every parallel mode on two gloo processes agrees with a single process on the same batch."""
 
 from __future__ import annotations
 

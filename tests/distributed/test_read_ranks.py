@@ -1,4 +1,4 @@
-"""What is read from the traces of real processes equals what the processes themselves saw."""
+"""Tests that the traces of real processes contain what these processes observed."""
 
 from __future__ import annotations
 

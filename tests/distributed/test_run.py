@@ -1,4 +1,4 @@
-"""`torchrun -m moe_trace run`: one summary of all ranks, and a name for each that left nothing."""
+"""Tests of `torchrun -m moe_trace run`: one summary of all ranks, which names ranks without output."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""One process of a distributed test: runs a model in every mode asked for, and writes down what it saw.
+"""One process of a distributed test, which runs a model in the requested modes and writes its observations.
 
     python -m distributed.worker MODEL_FOLDER OUT_FOLDER DEVICE MODE...
 
-with RANK, LOCAL_RANK and WORLD_SIZE set, as torchrun does. What the experts' all-to-all really got is noted
-by wrapping transformers' own function, here and nowhere else. The notes are `OUT_FOLDER/<mode>.<rank>.json`.
+with RANK, LOCAL_RANK and WORLD_SIZE set, as torchrun does. The real input of the experts' all-to-all is
+recorded by wrapping transformers' function, only here. The notes are written to
+`OUT_FOLDER/<mode>.<rank>.json`.
 """
 
 from __future__ import annotations

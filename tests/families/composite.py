@@ -1,4 +1,4 @@
-"""What a user loads: text models with experts inside models of images, sound and several parts."""
+"""Composite models: text models with experts inside models of images, sound and several parts."""
 
 from .inputs import canvas_inputs, embedding_inputs
 from .variants import (

@@ -1,4 +1,4 @@
-"""The bench: every Mixture-of-Experts family of transformers, in the forms in which a user meets it."""
+"""The test bench: every Mixture-of-Experts family of transformers, in its usual forms."""
 
 from pathlib import Path
 from types import MappingProxyType

@@ -1,4 +1,4 @@
-"""Which families of the installed transformers have experts, read from its sources without importing them."""
+"""Find the families with experts in the sources of the installed transformers, without importing them."""
 
 import ast
 import functools

@@ -1,4 +1,4 @@
-"""What one entry of the bench is: how to build it, what to feed it, and what is special about it."""
+"""Entry of the test bench: how to build a family's model, its inputs, and its special traits."""
 
 import dataclasses
 import importlib

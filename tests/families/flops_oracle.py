@@ -1,4 +1,4 @@
-"""FLOPs of routers, experts and the dense work beside them, counted by torch and not by a formula."""
+"""Count FLOPs of routers, experts and dense work in the block by torch, not by a formula."""
 
 import contextlib
 import dataclasses

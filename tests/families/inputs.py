@@ -1,4 +1,4 @@
-"""Inputs of the models that do not live on token ids alone."""
+"""Inputs of models that need more than token ids."""
 
 import torch
 from transformers import PretrainedConfig

@@ -1,4 +1,4 @@
-"""Shrink a transformers config class to a tiny model, whatever its family calls things.
+"""Shrink a transformers config class to a tiny model, whatever the names of its fields.
 
 Config classes are dataclasses, so the fields (and which of them are ``None`` by default, meaning "this model
 has no such part") are known without building the full-size model.

@@ -1,7 +1,7 @@
-"""Where a model keeps experts, found without any knowledge of how their router answers.
+"""Find the experts of a model without knowledge of what their router returns.
 
-Capturing the inputs of these places is all that the oracles take from a forward: what is true about it they
-find by running the experts again.
+The oracles only capture the inputs of these modules in a forward. They find the true routing by running the
+experts again.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Text models, and the few other models that hold experts themselves, by how they choose."""
+"""Text models, and the few other models with experts of their own, by selection rule."""
 
 from .inputs import image_inputs, patch_inputs, vision_token_inputs
 from .variants import (

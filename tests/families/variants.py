@@ -1,4 +1,4 @@
-"""What variants have in common: the config fields that the generic shrinking leaves wrong."""
+"""Config fields that generic shrinking leaves wrong, shared by the variants."""
 
 from types import MappingProxyType
 from typing import Any

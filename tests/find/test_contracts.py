@@ -1,4 +1,4 @@
-"""Fused blocks, families that nobody has seen, and what a reading may not do."""
+"""Tests of contracts: fused blocks, unknown families, and what an adapter's `read` must not do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`register_adapter`: routers that only their author knows."""
+"""Tests of `register_adapter` with custom routers."""
 
 from __future__ import annotations
 

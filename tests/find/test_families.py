@@ -1,4 +1,4 @@
-"""What is recorded of every family of transformers equals what its experts really computed, call by call."""
+"""Tests that the record of every family equals what its experts computed, call by call."""
 
 from __future__ import annotations
 

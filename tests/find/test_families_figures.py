@@ -1,4 +1,4 @@
-"""FLOPs and logit figures of every family, and that nothing but routers is found."""
+"""Tests of FLOPs and logit metrics of every family, and that only routers are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bench of families and its oracles, checked on their own: nothing of moe_trace takes part."""
+"""Tests of the bench of families and its oracles, without moe_trace."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What the source of generated code launches: for GPUs by hand; a CPU's is real in test_launch_lists."""
+"""Tests of launches in generated code, written by hand for GPUs; test_launch_lists has real CPU code."""
 
 from __future__ import annotations
 

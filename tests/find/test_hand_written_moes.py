@@ -1,4 +1,4 @@
-"""Mixtures of experts as people write them: counts are what each expert got, or nothing is said of them."""
+"""Tests of hand-written mixtures of experts: counts are what each expert received, or there are none."""
 
 from __future__ import annotations
 

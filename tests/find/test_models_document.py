@@ -1,4 +1,4 @@
-"""docs/models.md says what the installed transformers and this moe_trace do."""
+"""Tests that docs/models.md agrees with the installed transformers and this moe_trace."""
 
 from __future__ import annotations
 

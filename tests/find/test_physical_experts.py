@@ -1,4 +1,4 @@
-"""Slots are taken back to the experts that they hold, as vLLM's EPLB maps them; not run on EPLB itself."""
+"""Tests that slots are mapped back to the experts that they hold, as in vLLM's EPLB; not run on EPLB."""
 
 from __future__ import annotations
 

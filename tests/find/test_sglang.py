@@ -1,4 +1,4 @@
-"""SGLang's `TopK`, re-created by its interface: written, not run on SGLang, which does not install on a CPU.
+"""Tests of a stand-in with the interface of SGLang's `TopK`. SGLang itself does not install on a CPU.
 
 Names, arguments and forms of outputs are those of `layers/moe/topk.py`, `models/qwen3_moe.py` and
 `models/deepseek_v2.py`; the classes' bodies are ours.

@@ -1,4 +1,4 @@
-"""Routers told by their structure: each form of output is read truly, and nothing else is taken for one."""
+"""Tests of routers recognised by structure: each form of output is read correctly, and only routers match."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's runner by its structure: a stand-in of the same form, since vLLM has an environment of its own."""
+"""Tests of a stand-in with the structure of vLLM's runner, since vLLM has a separate environment."""
 
 from __future__ import annotations
 

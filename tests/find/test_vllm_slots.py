@@ -1,7 +1,8 @@
-"""vLLM's load balancer (EPLB) by its structure: counts are of experts, whatever slots hold them.
+"""Tests of the structure of vLLM's load balancer (EPLB): counts are per expert, whatever slots hold it.
 
-vLLM's own EPLB needs expert parallelism on GPUs: not run. The runner here maps ids as `_apply_eplb_mapping`
-of its routers does, and the balancer moves experts between forwards, in place, as `_commit_eplb_maps` does.
+vLLM's own EPLB needs expert parallelism on GPUs and is not run here. The runner here maps ids as
+`_apply_eplb_mapping` of its routers does, and the balancer moves experts between forwards, in place, as
+`_commit_eplb_maps` does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is true of every framework's routers, whatever they are: checks that each host's tests call."""
+"""Checks that apply to every framework's routers, called by the tests of each framework."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The handler leaves a small file beside the trace where it is asked for, and never fails a run over it."""
+"""Tests that the handler writes a reduced file next to the trace on request, and never fails a run for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scalars of a step: all its calls together, each weighted by the tokens that its figure is of."""
+"""Tests of the scalars of a step: all calls together, each weighted by the tokens of its metric."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SGLang's dumps of expert loads, formed as `eplb/expert_distribution.py` does: not run on SGLang itself."""
+"""Tests of dumps of expert loads, in the format of SGLang's `eplb/expert_distribution.py`; not run on SGLang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hook that SGLang's `--forward-hooks` takes, put on as its `hook_manager.py` does: not run on SGLang."""
+"""Tests of the hook for SGLang's `--forward-hooks`, registered as in `hook_manager.py`; not run on SGLang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`MoETraceCallback` in a real `Trainer`: figures in its logs, traces on schedule, hooks gone afterwards."""
+"""Tests of `MoETraceCallback` in a real `Trainer`: metrics in logs, traces on schedule, hooks removed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Metrics of a serving run: figures against a count by hand, the file, and what `/metrics` shows of it.
+"""Tests of the metrics of a serving run: values against a count by hand, the file, and `/metrics`.
 
-Here on a model of transformers; in vLLM's own engine and server in tests/vllm.
+These use a model of transformers; tests/vllm_engine uses vLLM's engine and server.
 """
 
 from __future__ import annotations

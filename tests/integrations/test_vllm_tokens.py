@@ -1,6 +1,6 @@
-"""What is read of vLLM's model runner, by its attributes: the second version, which runs on GPUs alone.
+"""Tests of reading attributes of the second version of vLLM's model runner, which runs on GPUs only.
 
-The first version is held against the real engine in tests/vllm.
+The first version is tested with the real engine in tests/vllm_engine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the planner says, computed again by other means: exhaustive search, and one token after another."""
+"""Reference results for the planner: exhaustive search, and counting token by token."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The model of the planner against a recorded run of two gloo processes with expert parallelism.
+"""Tests of the planner's model against a recorded run of two gloo processes with expert parallelism.
 
 The traces in tests/data/gloo_ep2 are those of `scripts/record_ep_steps.py --steps 8`; events other than our
-ranges and the all-to-alls were taken out.
+ranges and the all-to-alls were removed.
 """
 
 from __future__ import annotations

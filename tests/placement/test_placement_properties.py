@@ -1,4 +1,4 @@
-"""What holds for every plan, whatever the counts."""
+"""Property tests of plans on arbitrary counts."""
 
 from __future__ import annotations
 

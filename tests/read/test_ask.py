@@ -1,4 +1,4 @@
-"""`ask` and `moe-trace ask`: each answer against the report, a brute-force reading, or what was planted."""
+"""Tests of answers of `ask` and `moe-trace ask` against report, brute-force reading or planted effects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What load is possible and what is chance: against enumeration, simulation and the traces' own ties."""
+"""Tests of bounds of the load and its chance level, against enumeration, simulation and ties in traces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phases of compiled code on a CPU, against the operators and kernels of the trace by hand."""
+"""Tests of phases of compiled code on a CPU, against operators and kernels of the trace assigned by hand."""
 
 from __future__ import annotations
 

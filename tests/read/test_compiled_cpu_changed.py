@@ -1,4 +1,4 @@
-"""Changed calls of code compiled for a CPU, in real traces: what each operator is for, or nothing."""
+"""Tests of altered calls of CPU-compiled code in real traces: each operator gets its true phase or none."""
 
 from __future__ import annotations
 

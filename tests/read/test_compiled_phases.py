@@ -1,4 +1,4 @@
-"""Phases inside compiled code: real traces of an H100 against their kernels by hand, and changed ones."""
+"""Tests of phases in compiled code, on real H100 traces with kernels assigned by hand, and altered traces."""
 
 from __future__ import annotations
 

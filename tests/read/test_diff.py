@@ -1,4 +1,4 @@
-"""What `compare` says: the set-up first, then the routing against chance, then time on one clock."""
+"""Tests of `compare`: the set-up first, then the routing against chance, then time on one clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distinct experts of a step: the formula against all routings, a report against the calls one by one."""
+"""Tests of distinct experts per step: the formula against all routings, a report against single calls."""
 
 from __future__ import annotations
 

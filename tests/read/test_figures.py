@@ -1,4 +1,4 @@
-"""The recorded GPU traces give the figures that are stored, to the last bit (`scripts/record_figures.py`)."""
+"""Tests that recorded GPU traces give exactly the stored figures (`scripts/record_figures.py`)."""
 
 from __future__ import annotations
 

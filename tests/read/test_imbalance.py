@@ -1,4 +1,4 @@
-"""The cost of imbalance: planted costs are found, planted trends are not, nothing is extrapolated."""
+"""Tests of the cost of imbalance: finds planted costs, ignores planted trends, does not extrapolate."""
 
 from __future__ import annotations
 

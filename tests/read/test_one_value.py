@@ -1,4 +1,4 @@
-"""One name, one value: counter, rows, report, JSON, tab and notebook fragment agree to the digit."""
+"""Tests that counter, rows, report, JSON, tab and notebook agree to the digit on every value."""
 
 from __future__ import annotations
 

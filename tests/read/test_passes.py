@@ -1,6 +1,6 @@
-"""Forward, recomputed and backward calls are counted apart, and every mean divides by its own number.
+"""Tests that forward, recomputed and backward calls are counted separately, each with its own mean.
 
-The reports are re-added from a brute-force reading, and the numbers of calls are known from what was run.
+The reports are checked against a brute-force reading. The numbers of calls are known from the workload.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Physical experts in reports, against sums by brute force: four experts on six slots of two ranks."""
+"""Tests of physical experts in reports, against brute-force sums: four experts on six slots of two ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clocks of ranks: known offsets are found again, causality holds afterwards, the rest is said."""
+"""Tests of rank clocks: known offsets are found, causality holds afterwards, other cases are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moe-trace merge`: one trace of all ranks that every reader takes, written whole, the same every time."""
+"""Tests of `moe-trace merge`: one trace of all ranks, accepted by every reader, atomic and reproducible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of several ranks equals what a reader can work out by hand from the hand-made traces."""
+"""Tests of the report on several ranks, against results by hand from hand-made traces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What resamples say of an error, and that comparisons of the same thing rarely name a change."""
+"""Tests of bootstrap errors, and that comparisons of equal runs rarely report a change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every written format is read back by its real reader."""
+"""Tests that each exported format can be read by its real reader."""
 
 from __future__ import annotations
 

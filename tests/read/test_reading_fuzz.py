@@ -1,6 +1,7 @@
-"""Traces spoiled at random: the same numbers as a reader of a few lines, or unknown, or refused in one line.
+"""Tests of randomly damaged traces: the numbers of a simple reader, or unknown, or a refusal in one line.
 
-`MOE_TRACE_FUZZ=2000 pytest tests/read/test_reading_fuzz.py` tries more (docs/reliability.md has the count).
+`MOE_TRACE_FUZZ=2000 pytest tests/read/test_reading_fuzz.py` runs more cases (docs/reliability.md has the
+number).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Truncated, foreign, empty and hostile files: a clear error or a report, never a traceback."""
+"""Tests of truncated, foreign, empty and hostile files: a clear error or a report, never a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load figures on the routing of the real OLMoE-1B-7B, against plain Python and against numbers by hand."""
+"""Tests of load metrics on routing of the real OLMoE-1B-7B, against plain Python and numbers by hand."""
 
 from __future__ import annotations
 

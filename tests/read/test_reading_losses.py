@@ -1,4 +1,4 @@
-"""What cannot be joined is unknown, and said to be: never a zero and silence. Real traces, spoiled."""
+"""Tests that what cannot be joined is reported as unknown, never as zero, on damaged real traces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`import moe_trace` and every command of the reading half leave torch alone."""
+"""Tests that `import moe_trace` and the commands that read traces do not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A broken event is counted and passed over, wherever it stands; the others are read, in flat memory."""
+"""Tests that a broken event anywhere is counted and skipped, and the others are read, in constant memory."""
 
 from __future__ import annotations
 

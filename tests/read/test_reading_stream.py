@@ -1,4 +1,4 @@
-"""Streaming finds the same values and events as `json`, however the file is written or cut."""
+"""Tests that streaming finds the same values and events as `json`, however the file is formatted or cut."""
 
 from __future__ import annotations
 

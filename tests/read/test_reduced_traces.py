@@ -1,4 +1,4 @@
-"""A run's report from what its traces were reduced to: the same figures, never of a stale file."""
+"""Tests of reports from reduced traces: the same figures, and never from an outdated file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Each number and sentence of the text report on a real H100 trace, from a brute-force reading of the file.
+"""Tests of each number and sentence of the text report on a real H100 trace, by a brute-force reading.
 
 The trace (OLMoE-1B-7B, 16 layers, one prefill of 2048 tokens and three decode steps) is read with plain
-`json`, event by event; the report's own text is taken apart, table by table and sentence by sentence.
+`json`, event by event; the text of the report is parsed table by table and sentence by sentence.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`compare_routes` against plain lines, token by token."""
+"""Tests of `compare_routes` against a plain loop over tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routes of other tools are read for what they are, written for them, and refused in one line."""
+"""Tests of reading and writing routes of other tools, and of refusals in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each figure of `study` against a few plain lines over lists and sets."""
+"""Tests of each metric of `study` against plain code on lists and sets."""
 
 from __future__ import annotations
 

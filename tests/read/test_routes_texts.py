@@ -1,4 +1,4 @@
-"""Rows in the order of the calls become texts in the order of reading; token ids become text."""
+"""Tests of turning rows in call order into texts in reading order, and token ids into text."""
 
 from __future__ import annotations
 

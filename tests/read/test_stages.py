@@ -1,4 +1,4 @@
-"""Prefill, decode and training in one trace are answered for apart, as traces of each alone would be."""
+"""Tests that prefill, decode and training in one trace are reported as in separate traces."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Each number and sentence of the report on training steps recorded on a GPU, from a brute-force reading.
+"""Tests of each number and sentence of the report on training steps on a GPU, by a brute-force reading.
 
-Two steps of two layers of OLMoE's shape, without checkpointing and with both kinds of it: what ran again is
-inside the backward, so forward, recomputed and backward work must each be divided by its own number.
+The traces have two steps of two layers of OLMoE's shape, without checkpointing and with both kinds of it.
+Recomputation runs inside the backward, so forward, recomputed and backward work need separate call counts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Traces of vLLM's real engine (scripts/record_vllm_traces.py) through every command that reads traces.
+"""Traces of vLLM's real engine (scripts/record_vllm_traces.py) in every command that reads traces.
 
-What must come out is known from the requests: LENGTHS prompts, each answered with TOKENS tokens, of which the
+The expected result follows from the requests: LENGTHS prompts, each answered with TOKENS tokens, of which the
 first comes from the prompt's own step.
 """
 

@@ -1,4 +1,4 @@
-"""Ranks of a serving engine, told by the names of their traces alone: one decision counts once."""
+"""Tests of ranks of a serving engine, known only from the names of their traces: one decision counts once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every torch profiler that records while a tracer is active writes traces with the routing in them."""
+"""Tests that every torch profiler that records under an active tracer writes the routing into its traces."""
 
 from __future__ import annotations
 

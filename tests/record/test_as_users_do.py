@@ -1,4 +1,4 @@
-"""What users do to a recorded model: counts stay those that the experts received, or a loss says why."""
+"""Tests of what users do to a recorded model: counts are what experts received, or a loss says why."""
 
 from __future__ import annotations
 

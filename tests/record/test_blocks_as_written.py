@@ -1,4 +1,4 @@
-"""Blocks, experts and wrappers as people write them: what is recorded is what the experts received."""
+"""Tests of common blocks, experts and wrappers: what is recorded is what the experts received."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled code that comes from Inductor's caches on disk has its launches, and those of its own modules."""
+"""Tests that compiled code from Inductor's caches on disk has its launches, with those of its own modules."""
 
 from __future__ import annotations
 

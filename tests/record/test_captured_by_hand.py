@@ -1,6 +1,6 @@
-"""Routers on a GPU have the hooks of plain calls too, and none of them is missed when a stream is captured.
+"""Tests that routers on a GPU also have the hooks of plain calls, and miss no call during stream capture.
 
-On any machine: whether weights are on a GPU, and whether a stream is captured, are answered by the test.
+They run on any machine, because they replace the checks for weights on a GPU and for stream capture.
 """
 
 from __future__ import annotations

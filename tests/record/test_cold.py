@@ -1,4 +1,4 @@
-"""The first recorded step of a fresh process imports, compiles and pins nothing."""
+"""Tests that the first recorded step of a fresh process imports, compiles and pins nothing."""
 
 from __future__ import annotations
 

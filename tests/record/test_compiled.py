@@ -1,4 +1,4 @@
-"""Inside torch.compile: the same assignments as eager, call by call, and no graph more than without us."""
+"""Tests inside torch.compile: the assignments of eager mode, call by call, and no additional graphs."""
 
 from __future__ import annotations
 

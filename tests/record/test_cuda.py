@@ -1,4 +1,4 @@
-"""What only a GPU can show: no synchronisation, device spans, true counts in bfloat16."""
+"""Tests that need a GPU: no synchronisation, device spans, true counts in bfloat16."""
 
 from __future__ import annotations
 

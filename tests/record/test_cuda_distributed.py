@@ -1,4 +1,4 @@
-"""The parallel modes over NCCL, one GPU a rank: the same worker and the same checks as on a CPU over gloo."""
+"""Tests of the parallel modes over NCCL, one GPU per rank, with worker and checks of the gloo tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA graphs, by torch.compile and by hand: each replay is recorded, and graphs stay in use."""
+"""Tests of CUDA graphs, by torch.compile and by hand: each replay is recorded, and graphs stay in use."""
 
 from __future__ import annotations
 

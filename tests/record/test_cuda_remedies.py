@@ -1,4 +1,4 @@
-"""What is said of calls in CUDA graphs that have no place in a trace: done as it says, they have one."""
+"""Tests that the advice on unplaced calls in CUDA graphs works: if it is followed, the calls are placed."""
 
 from __future__ import annotations
 

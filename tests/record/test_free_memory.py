@@ -1,4 +1,4 @@
-"""Large recordings give freed memory back when they are read; small ones do not spend the time."""
+"""Tests that large recordings return freed memory when they are read, and that small ones skip this."""
 
 from __future__ import annotations
 

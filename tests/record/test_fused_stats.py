@@ -1,4 +1,4 @@
-"""The fused kernels give the figures of `routing_stats`: on a GPU, or else in Triton's interpreter."""
+"""Tests that the fused kernels agree with `routing_stats`, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 

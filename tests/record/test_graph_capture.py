@@ -1,4 +1,4 @@
-"""What the hooks note while a CUDA graph is captured, against a driver that keeps a graph in Python."""
+"""Tests of what hooks record during CUDA graph capture, with a fake driver that keeps the graph in Python."""
 
 from __future__ import annotations
 

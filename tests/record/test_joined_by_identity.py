@@ -1,4 +1,4 @@
-"""A decision is joined with its experts by memory, block and thread, or is counted as lost; never guessed."""
+"""Tests that decisions are joined with experts by memory, block and thread, or counted as lost, never guessed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What else people do to a model: recorded as the experts received it, or counted under its reason."""
+"""Tests of further uses of a model: recorded as the experts received it, or counted with a reason."""
 
 from __future__ import annotations
 

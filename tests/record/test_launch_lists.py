@@ -1,4 +1,4 @@
-"""What the compiler notes of its launches while a tracer is active: which part of a layer each computes."""
+"""Tests of launch lists, noted from the compiler under a tracer: which part of a layer each launch computes."""
 
 from __future__ import annotations
 

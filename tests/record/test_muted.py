@@ -1,4 +1,4 @@
-"""Compiled once, traced many times: the hooks in compiled code outlive the tracer that put them on."""
+"""Tests that a model is compiled once and traced many times: hooks in compiled code outlive their tracer."""
 
 from __future__ import annotations
 

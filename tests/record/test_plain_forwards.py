@@ -1,4 +1,4 @@
-"""Forwards that run as earlier ones did are recorded in columns: as truly as one by one, or not at all."""
+"""Tests of repeated forwards, which are recorded in columns: as correct as one by one, or not recorded."""
 
 from __future__ import annotations
 

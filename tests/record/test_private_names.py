@@ -1,4 +1,4 @@
-"""Each private name of torch is taken away in turn: recording goes on, or says what it cannot do."""
+"""Tests with each private name of torch removed in turn: recording continues, or says what it cannot do."""
 
 from __future__ import annotations
 

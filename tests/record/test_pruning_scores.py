@@ -1,4 +1,4 @@
-"""REAP, EAN, frequency and gate mass against every expert computed alone from its weights."""
+"""Tests of REAP, EAN, frequency and gate mass against each expert computed separately from its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever users do, in any order: their results stay, what is recorded is true, and all is counted."""
+"""Tests of random sequences of uses: unchanged results of the model, true records, and all calls counted."""
 
 from __future__ import annotations
 

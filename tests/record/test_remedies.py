@@ -1,4 +1,4 @@
-"""Each loss is counted with a reason, and what its note says to do ends it."""
+"""Tests that each loss is counted with a reason, and that following the advice in its note removes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each reason why a trace and a recording do not share a call names what ends it: done here, it is gone."""
+"""Tests that each reason why a trace lacks a recorded call names a remedy that works."""
 
 from __future__ import annotations
 

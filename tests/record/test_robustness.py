@@ -1,4 +1,4 @@
-"""Whatever happens inside the model, hooks come off, ranges close, and what was recorded is kept."""
+"""Tests that after any failure in the model hooks are removed, ranges closed, and recorded data kept."""
 
 from __future__ import annotations
 

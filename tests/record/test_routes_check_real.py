@@ -1,4 +1,4 @@
-"""Nothing is wrong with the routes of a real model on real text, and what is done to them is found."""
+"""Tests that the check passes routes of a real model on real text, and finds faults planted in them."""
 
 from __future__ import annotations
 

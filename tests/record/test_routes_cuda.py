@@ -1,4 +1,4 @@
-"""Routes on a GPU: equal to what the experts received, token by token, and nothing waits for the device."""
+"""Tests of routes on a GPU: equal to what the experts received, token by token, without synchronisation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose token each row of the routes is, and which are kept; the experts' own arguments are the truth."""
+"""Tests of the token of each row of the routes, and of which rows are kept, against the experts' arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which token went to which expert, token by token, against what the experts really computed."""
+"""Tests of routes, token by token, against what the experts really computed."""
 
 from __future__ import annotations
 

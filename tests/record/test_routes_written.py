@@ -1,4 +1,4 @@
-"""Where routes are written: beside a trace, which names them, or to a file while the run goes on."""
+"""Tests of where routes are written: next to a trace, which names the file, or to a file during the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slices of tokens are cut as `torch.chunk` cuts, and their slots counted without waiting for the device."""
+"""Tests that tokens are sliced like `torch.chunk`, and their slots counted without waiting for the device."""
 
 from __future__ import annotations
 

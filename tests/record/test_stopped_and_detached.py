@@ -1,4 +1,4 @@
-"""Recording that ends inside a forward, and a profiler that its tracers leave."""
+"""Tests of recording that stops inside a forward, and of tracers that detach from a profiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls recorded as of fused blocks, whose experts are then called as a module, are unknown everywhere."""
+"""Tests that calls recorded as fused become unknown everywhere if experts are later called as a module."""
 
 from __future__ import annotations
 

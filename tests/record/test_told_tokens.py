@@ -1,4 +1,4 @@
-"""Prefill and decode in one batch, as a server mixes them: what was told of its tokens, split on the device.
+"""Tests of batches that mix prefill and decode, as in a server, split on the device by each token's stage.
 
 The oracle is plain numpy on what the experts received, token by token.
 """

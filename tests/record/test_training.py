@@ -1,4 +1,4 @@
-"""Training: accumulation, checkpointing, mixed precision, anomaly mode, scalars of a run, auxiliary loss."""
+"""Tests of training: accumulation, checkpointing, mixed precision, anomaly mode, scalars, auxiliary loss."""
 
 from __future__ import annotations
 

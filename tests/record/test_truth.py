@@ -1,4 +1,4 @@
-"""The figures equal what the experts received and what float64 numpy computes from the model's own logits."""
+"""Tests of metrics against what the experts received and float64 numpy on the model's logits."""
 
 from __future__ import annotations
 

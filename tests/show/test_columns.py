@@ -1,4 +1,4 @@
-"""One definition and one format per column, whatever units and clocks its heading has."""
+"""Tests that each column has one definition and one format, whatever the units and clocks in its heading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The MoE tab's data and routes, without a browser."""
+"""Tests of the MoE tab's data and URL routes, without a browser."""
 
 from __future__ import annotations
 

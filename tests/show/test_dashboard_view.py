@@ -1,4 +1,4 @@
-"""`moe-trace view`, the picture for the image dashboard, and the wheel that carries the tab."""
+"""Tests of `moe-trace view`, the picture for the image dashboard, and the wheel that contains the tab."""
 
 from __future__ import annotations
 

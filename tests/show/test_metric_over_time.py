@@ -1,4 +1,4 @@
-"""Metrics over time: what is drawn for few and for many layers and forwards, against sums by hand."""
+"""Tests of plots of metrics over time, for few and many layers and forwards, against sums by hand."""
 
 from __future__ import annotations
 

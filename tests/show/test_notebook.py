@@ -1,4 +1,4 @@
-"""What notebooks show: tables and a figure, short reprs, data frames; nothing that a file holds runs."""
+"""Tests of notebook output: tables, a figure, short reprs, data frames; content of files is never executed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a page of tokens and the study's figures hold, against the routes themselves."""
+"""Tests of pages of tokens and of the study's figures, against the routes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`SimpleBenchmark`: what it measures, in which order, and that the model is bit-equal afterwards."""
+"""Tests of `SimpleBenchmark`: its measurements and their order, and that the model is bitwise unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The simple interface on a GPU: events are read late, nothing waits, and the true shape runs."""
+"""Tests of the simple interface on a GPU: late reading of events, no synchronisation, and the true shape."""
 
 from __future__ import annotations
 

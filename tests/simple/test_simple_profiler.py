@@ -1,4 +1,4 @@
-"""`MoEProfiler`: every figure against numpy over what the experts received, and every odd way to use it."""
+"""Tests of `MoEProfiler`: every metric against numpy on what the experts received, and unusual uses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replaced routing: the experts receive what the rule returned; the model is itself afterwards."""
+"""Tests of replaced routing: experts receive what the rule returned, and the model is restored afterwards."""
 
 from __future__ import annotations
 

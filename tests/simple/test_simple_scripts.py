@@ -1,4 +1,4 @@
-"""What `scripts/compare_routing.py` prints: every rule changes the loss of the demo model, as it should."""
+"""Tests of `scripts/compare_routing.py`: every rule changes the loss of the demo model as expected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every set of activities: each sample is in the file and on the timeline, or a note names the true cause."""
+"""Tests of every set of activities: samples are in the file and on the timeline, or a note names the cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What merging allocates: few objects that the garbage collector counts."""
+"""Tests that merging allocates few objects that the garbage collector tracks."""
 
 from __future__ import annotations
 

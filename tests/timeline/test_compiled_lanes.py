@@ -1,4 +1,4 @@
-"""Lanes of compiled code: real traces of an H100 and a CPU, merged, against the report's phases."""
+"""Tests of lanes of compiled code in merged real traces of an H100 and a CPU, against the report's phases."""
 
 from __future__ import annotations
 

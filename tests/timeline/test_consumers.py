@@ -1,5 +1,7 @@
-"""What each program that opens a merged trace asks of it (docs/trace_format.md): run where it is installed,
-else its rule, as its source or documentation states it, held on the file."""
+"""Tests of merged traces in each program that opens them (docs/trace_format.md).
+
+A program is run if it is installed; otherwise its rule, from its source or documentation, is checked on the
+file."""
 
 from __future__ import annotations
 

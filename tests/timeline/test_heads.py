@@ -1,4 +1,4 @@
-"""Whatever stands before and behind the events, merging adds the same, and takes nothing away."""
+"""Tests that merging adds the same and removes nothing, whatever comes before and after the events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HolisticTraceAnalysis reads a merged trace, and finds in it what it finds in the plain one."""
+"""Tests that HolisticTraceAnalysis gives the same results for a merged trace as for the plain one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Searching a file's bytes block by block finds what stands in it once, wherever the blocks end."""
+"""Tests that searching a file block by block finds each match once, wherever the blocks end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Placing and merging: the file round our additions stays Kineto's; every event lies where it belongs."""
+"""Tests of placing and merging: the file around our additions stays Kineto's; every event is in its place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a run says what it ran on, for the table of `scripts/test_versions.py`."""
+"""Add the tested versions to the report of a run, for the table of `scripts/test_versions.py`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Families whose routers spoke in forms of their own in the first releases of transformers 5.
+"""Tests of families whose routers had special output formats in the first releases of transformers 5.
 
-HunYuan and Phimoe handed their experts dense weights, AFMoE an index by row and position, Switch no logits,
-and Aria's experts chose themselves. The truth is an intervention on the experts' weights, and the routers'.
+HunYuan and Phimoe passed dense weights to their experts, and AFMoE an index by row and position. Switch
+returned no logits, and Aria's experts selected themselves. The oracle intervenes on the weights of experts
+and routers.
 """
 
 from __future__ import annotations

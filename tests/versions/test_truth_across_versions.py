@@ -1,8 +1,8 @@
-"""What must be true on every version that setup.cfg admits, in about a minute.
+"""Tests that must pass on every version that setup.cfg admits, in about a minute.
 
 `scripts/test_versions.sh` runs this file in environments of other versions of transformers and torch. It
-holds on to public names of both, so that it can run on all of them, and takes its truth from the experts'
-inputs and from the router's weights.
+only uses public names of both, so that it can run on all of them. Its oracles are the experts' inputs and the
+router's weights.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""vLLM's own capture of routed experts beside ours, in one run of its engine on the demo model.
+"""Capture routed experts by vLLM and by moe_trace in one run of its engine on the demo model.
 
 python captured_run.py FOLDER
 
-vLLM returns `routed_experts` only with its Model Runner V2, which needs Triton. Its capturer runs without: it
-is bound here as vLLM binds it, and what it captured is put together by request, as vLLM returns it.
+vLLM returns `routed_experts` only with its Model Runner V2, which needs Triton. Its capturer runs without it.
+Here the capturer is bound as in vLLM, and its output is collected by request, as vLLM returns it.
 """
 
 from __future__ import annotations

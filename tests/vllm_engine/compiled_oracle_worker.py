@@ -1,5 +1,6 @@
-"""`CompiledOracle` in workers of processes of their own, for `worker_extension_cls`: a worker imports this
-before it loads its model."""
+"""`CompiledOracle` in separate worker processes.
+
+A worker imports this, by `worker_extension_cls`, before it loads its model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""vLLM's real engine, each start in a process of its own; skipped where vLLM is not installed.
+"""Fixtures for vLLM's real engine, each start in a separate process; skipped if vLLM is not installed.
 
-`make test-vllm` runs them in an environment that has it. (This folder is not called `vllm`: tests/ is on the
-path, where such a folder would pass for the package.)
+`make test-vllm` runs them in an environment that has it. (This folder is not called `vllm`, because tests/ is
+on the path and the folder would shadow the package.)
 """
 
 from __future__ import annotations

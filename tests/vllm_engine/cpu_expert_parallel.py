@@ -1,9 +1,9 @@
-"""What vLLM's CPU build lacks for experts that are split over ranks; all else in those tests is vLLM's own.
+"""Replacements for what vLLM's CPU build lacks for expert parallelism; all else in the tests is vLLM's.
 
-Its kernel does not ask `expert_map`, and ends in a segmentation fault: here ids of experts that the rank
-holds become those of its weights, the others get the weight 0. Its communicator has no collectives of uneven
-parts, with which data-parallel ranks exchange tokens: here they are made of broadcasts and an all-reduce. A
-worker imports this for `worker_extension_cls` before it loads its model.
+Its kernel ignores `expert_map`, which ends in a segmentation fault. Here ids of local experts are mapped to
+the rank's weights, and the others get weight 0. Its communicator lacks collectives with uneven parts, by
+which data-parallel ranks exchange tokens. Here they consist of broadcasts and an all-reduce. A worker imports
+this, by `worker_extension_cls`, before it loads its model.
 """
 
 from __future__ import annotations

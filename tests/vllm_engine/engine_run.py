@@ -1,10 +1,11 @@
-"""One start of vLLM's engine on the demo model; what it found stands in a JSON file.
+"""Start vLLM's engine once on the demo model, and write the results to a JSON file.
 
 python engine_run.py '{"out": ..., "phases": [...], "engine": {...}}'
 
 Each phase generates greedily from the same prompts: `plain` with nothing else, `profile` between
 start_profile and stop_profile, `rpc` under the worker extension. `oracle` watches what vLLM itself decides,
-which only an engine in this process can. Nothing here asks moe_trace what it recorded: the traces tell.
+which only an engine in this process can. This script does not query moe_trace; its records are read
+from the traces.
 """
 
 from __future__ import annotations

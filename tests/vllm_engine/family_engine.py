@@ -1,8 +1,9 @@
-"""Run one tiny model of a family in the real vLLM engine, in this process, and say what it did as JSON.
+"""Run one tiny model of a family in the real vLLM engine, in this process, and print the results as JSON.
 
 python family_engine.py FAMILY FOLDER: the configuration is written into the folder, weights are vLLM's dummy
-ones from a seed, and the trace goes into FOLDER/traces. What is printed last: tokens before, under and after
-the profiler, and by layer, of each call under it, the experts that vLLM's own `router.set_capture_fn` saw.
+ones from a seed, and the trace goes into FOLDER/traces. The last output is the tokens before, under and after
+the profiler and, for each layer and each call under it, the experts that vLLM's `router.set_capture_fn`
+received.
 """
 
 from __future__ import annotations

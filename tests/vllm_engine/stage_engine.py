@@ -1,10 +1,10 @@
-"""Serve requests of many lengths in the real vLLM engine, and say what its scheduler and its routers did.
+"""Serve requests of many lengths in the real vLLM engine, and print what its scheduler and its routers did.
 
-python stage_engine.py FOLDER [compiled]: the trace goes into FOLDER/traces. Few tokens fit a step, so that
-prompts come in chunks beside tokens that decode, and few blocks fit the cache, so that a request is preempted
-and computed again. What is printed last, of each forward under the profiler: the requests in the order of the
-batch with (id, first position, tokens, prompt's length), the positions and ids that the model was given, and
-by layer the experts that vLLM's own `router.set_capture_fn` saw.
+python stage_engine.py FOLDER [compiled]: the trace goes into FOLDER/traces. The number of tokens per step is
+small, so that chunks of prompts are batched with decode tokens. The cache has few blocks, so that a request
+is preempted and recomputed. The last output is, for each forward under the profiler: the requests in batch
+order with (id, first position, tokens, prompt length), the positions and ids that the model received, and for
+each layer the experts that vLLM's `router.set_capture_fn` received.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""vLLM as it runs by default on a CPU: compiled, in a worker process of its own."""
+"""Tests of vLLM's default on a CPU: compiled code in a separate worker process."""
 
 from __future__ import annotations
 

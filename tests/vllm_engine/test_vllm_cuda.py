@@ -1,6 +1,6 @@
-"""vLLM's CUDA build: the opaque operator, CUDA graphs, expert parallelism, and its load balancer.
+"""Tests of vLLM's CUDA build: the opaque operator, CUDA graphs, expert parallelism, and its load balancer.
 
-Written, and not yet run: no GPU with vLLM was at hand.
+Not yet run, because no GPU with vLLM was available.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""vLLM in eager mode: counts are those of its own decisions, and nothing else changes."""
+"""Tests of vLLM in eager mode: counts equal vLLM's decisions, and nothing else changes."""
 
 from __future__ import annotations
 

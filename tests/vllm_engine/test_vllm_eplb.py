@@ -1,9 +1,9 @@
-"""vLLM's load balancer (EPLB) by its own parts on a CPU: router, layer state, policy, and commit of maps.
+"""Tests of parts of vLLM's load balancer (EPLB) on a CPU: router, layer state, policy, and commit of maps.
 
-Its engine starts EPLB on GPUs alone ("Expert parallelism load balancing is only supported on CUDA devices or
-ROCm devices or XPU devices now"), and what maps experts to slots is a Triton kernel, which off GPUs vLLM
-replaces by the identity. Where Triton is installed, the kernel itself runs here, in Triton's interpreter;
-else its transcription.
+Its engine starts EPLB only on GPUs ("Expert parallelism load balancing is only supported on CUDA devices or
+ROCm devices or XPU devices now"), and experts are mapped to slots by a Triton kernel, which vLLM replaces
+by the identity without a GPU. If Triton is installed, these tests run the kernel in Triton's interpreter,
+otherwise a transcription of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Families of models in the real vLLM engine: counts are vLLM's own, tokens are those without us."""
+"""Tests of families of models in the real vLLM engine: counts equal vLLM's, and tokens do not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of vLLM's engine without a trace, against its own decisions, and those of its server's /metrics."""
+"""Tests of metrics of vLLM's engine without a trace, against its decisions, and of the server's /metrics."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Expert-parallel and data-parallel ranks of vLLM's real engine, on a CPU.
 
-`cpu_expert_parallel.py` has what vLLM's CPU build lacks for that.
+`cpu_expert_parallel.py` replaces what vLLM's CPU build lacks for this.
 """
 
 from __future__ import annotations

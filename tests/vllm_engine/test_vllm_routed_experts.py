@@ -1,4 +1,4 @@
-"""vLLM's own arrays of routed experts: read, checked, and equal to the routes that we record of that run."""
+"""Tests of vLLM's arrays of routed experts: reading, checks, and equality with the recorded routes."""
 
 from __future__ import annotations
 

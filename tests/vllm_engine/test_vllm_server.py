@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server, profiled over HTTP, as those do who serve a model."""
+"""Tests of vLLM's OpenAI server, profiled over HTTP."""
 
 from __future__ import annotations
 

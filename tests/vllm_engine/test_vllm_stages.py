@@ -1,7 +1,7 @@
-"""Prefill and decode of mixed steps in the real vLLM engine, against its scheduler and its routers.
+"""Tests of prefill and decode in mixed steps of the real vLLM engine, against its scheduler and its routers.
 
-The oracle: what the scheduler put into each step, and the experts of each token as `set_capture_fn` saw them.
-A token decodes if it was generated and no earlier step computed it.
+The oracle is the scheduler's content of each step, and the experts of each token from `set_capture_fn`. A
+token is a decode token if it was generated and no earlier step computed it.
 """
 
 from __future__ import annotations
