@@ -1,7 +1,7 @@
 """Tests that the browser helpers distinguish pages that show something from empty ones, on a hand-made trace.
 
 The trace has round numbers: one CPU operation of 100 ms, and a process "Made by hand" whose tracks each
-differ in one property. Our tracks in the trace have to cope with how the viewer draws these.
+differ in one property. Our process in real traces must work with how the viewer draws these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tests of dumps of expert loads, in the format of SGLang's `eplb/expert_distribution.py`; not run on SGLang."""
+"""Tests of expert load dumps in the format of SGLang's `eplb/expert_distribution.py`; not run on SGLang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that decisions are joined with experts by memory, block and thread, or counted as lost, never guessed."""
+"""Tests that decisions are joined with experts by memory, block and thread, or counted as lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of launch lists, noted from the compiler under a tracer: which part of a layer each launch computes."""
+"""Tests of launch lists, taken from the compiler under a tracer: the part of a layer of each launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the token of each row of the routes, and of which rows are kept, against the experts' arguments."""
+"""Tests of the token of each row of routes, and of which rows are kept, against the experts' arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of notebook output: tables, a figure, short reprs, data frames; content of files is never executed."""
+"""Tests of notebook output: tables, a figure, short reprs, data frames; content of files is not executed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of every set of activities: samples are in the file and on the timeline, or a note names the cause."""
+"""Tests of every set of activities: samples are in file and timeline, or a note names the true cause."""
 
 from __future__ import annotations
 
