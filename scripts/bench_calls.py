@@ -136,7 +136,7 @@ def measure(folder: Path, trace: Path, what: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--against", metavar="REV", help="the other revision")
+    parser.add_argument("--against", metavar="REV", help="revision to compare with")
     parser.add_argument("--calls", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()

@@ -121,7 +121,7 @@ def main() -> int:
     )
     for name, default in (("layers", 16), ("experts", 128), ("steps", 1000)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--browser", action="store_true", help="measure in a real Chromium too")
+    parser.add_argument("--browser", action="store_true", help="also measure in a real Chromium")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bench.pt.trace.json"

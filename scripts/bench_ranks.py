@@ -146,7 +146,9 @@ def main() -> int:
     parser.add_argument("--ep", type=int, default=2)
     parser.add_argument("--ep-implementation", choices=EP_IMPLEMENTATIONS, default="all_to_all")
     parser.add_argument("--batch", type=int, default=1, help="sequences per rank")
-    parser.add_argument("--length", type=int, help="tokens a sequence (default: 2048 on a GPU, 128 on a CPU)")
+    parser.add_argument(
+        "--length", type=int, help="tokens per sequence (default: 2048 on a GPU, 128 on a CPU)"
+    )
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--repeat", type=int, default=3, help="steps of each half of a pair")
     arguments = parser.parse_args()

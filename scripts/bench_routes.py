@@ -78,7 +78,9 @@ def main() -> None:
     for name, value in (("--tokens", 1_000_000), ("--layers", 16), ("--experts", 64), ("--top-k", 8)):
         parser.add_argument(name, type=int, default=value)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="keep the file here; default: a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the file in this folder (default: a temporary folder)"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         path = (arguments.folder or Path(temporary)) / "bench.routes.npz"

@@ -62,7 +62,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--verbose", action="store_true", help="name what each A/A pair was said to differ in"
+        "--verbose", action="store_true", help="print the reported differences of each A/A pair"
     )
     arguments = parser.parse_args()
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))

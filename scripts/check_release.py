@@ -40,7 +40,7 @@ OUR_TORCH = "import torch, moe_trace; print(torch.__version__, torch.__file__, m
 def main() -> int:
     """Run all steps in turn. The first failure ends the script with the output of that step."""
     parser = argparse.ArgumentParser(description="Check the wheel and the sdist of this checkout.")
-    parser.add_argument("--fresh", action="store_true", help="make the clean environment anew")
+    parser.add_argument("--fresh", action="store_true", help="recreate the clean environment")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="moe_trace_release_") as scratch:
         wheel, sdist = build(Path(scratch))

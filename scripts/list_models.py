@@ -259,7 +259,7 @@ Nothing is found in these, and nothing should be.
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only say whether the file is up to date")
+    parser.add_argument("--check", action="store_true", help="only check whether the file is up to date")
     arguments = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)  # with tiny tensors, more threads only wait for each other

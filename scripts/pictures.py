@@ -99,7 +99,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
-    parser.add_argument("--only", help="names, separated by commas")
+    parser.add_argument("--only", help="names, comma-separated")
     arguments = parser.parse_args()
     names = arguments.only.split(",") if arguments.only else ["timeline", *TABS, "html_report"]
     executable = find_chromium()

@@ -240,11 +240,16 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--pairs", type=int, default=100, help="of each sort: unchanged, changed (default 100)"
+        "--pairs",
+        type=int,
+        default=100,
+        help="number of pairs of each kind, unchanged and changed (default 100)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--workers", type=int, default=1, help="recording at once, on a CPU (default 1)")
-    parser.add_argument("--seconds", type=float, default=1e6, help="begin no pair after so long")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="number of simultaneous recordings on a CPU (default 1)"
+    )
+    parser.add_argument("--seconds", type=float, default=1e6, help="begin no pair after this time")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and arguments.workers > 1:
         parser.error("one GPU records one pair at a time")

@@ -216,7 +216,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--all", action="store_true", help="every kind of trace there is")
+    parser.add_argument("--all", action="store_true", help="record every kind of trace")
     parser.add_argument("--only", nargs="+", choices=[*WORKLOADS, *MORE_WORKLOADS])
     parser.add_argument("--tar", action="store_true", help="put all files into OUT/gpu_traces.tar")
     arguments = parser.parse_args()

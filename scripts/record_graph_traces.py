@@ -216,7 +216,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=list(WORKLOADS))
-    parser.add_argument("--cpu", action="store_true", help="a small model's, with ranges of the C++ kernels")
+    parser.add_argument(
+        "--cpu", action="store_true", help="record a small model, with ranges of the C++ kernels"
+    )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)

@@ -57,7 +57,7 @@ def main() -> None:
     """Run each engine in a separate process, because one process cannot hold two."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--engine", choices=ENGINES, help="only this one, in this process")
+    parser.add_argument("--engine", choices=ENGINES, help="record only this engine, in this process")
     arguments = parser.parse_args()
     if arguments.engine is not None:
         record(arguments.out, *ENGINES[arguments.engine])

@@ -34,7 +34,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--calls", type=float, default=1e7)
-    parser.add_argument("--growth-mib", type=float, default=16.0, help="the bound")
+    parser.add_argument("--growth-mib", type=float, default=16.0, help="largest allowed growth of memory")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, hidden = Layers().eval(), torch.zeros(1, 4)

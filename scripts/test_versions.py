@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument(
         "versions",
         nargs="*",
-        help="what to install, such as 'python==3.12 torch==2.14.1 transformers==5.24.0'",
+        help="requirements of an environment, such as 'python==3.12 torch==2.14.1 transformers==5.24.0'",
     )
     parser.add_argument("--ci", action="store_true", help=f"only {' and '.join(CI)}")
     arguments = parser.parse_args()

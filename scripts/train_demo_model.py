@@ -43,14 +43,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     parser.add_argument(
-        "--rows", type=int, default=16, help="sequences a step, an equal number from every domain"
+        "--rows", type=int, default=16, help="sequences per step, an equal number from every domain"
     )
-    parser.add_argument("--seq-len", type=int, default=256, help="tokens a sequence")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--aux-coef", type=float, default=5e-4, help="weight of the load-balancing loss")
     parser.add_argument("--seed", type=int, default=20260, help="seed of the weights and of the data order")
     parser.add_argument(
-        "--threads", type=int, default=2, help="CPU threads; another number changes the last digits"
+        "--threads", type=int, default=2, help="CPU threads; a different number changes the last digits"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--save-corpus", type=Path, metavar="DIR", help="write the text to DIR and stop")

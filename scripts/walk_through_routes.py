@@ -48,8 +48,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="folder of the pictures")
     parser.add_argument("--work", type=Path, default=ROOT / "moe_trace_runs" / "walkthrough")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
-    parser.add_argument("--rows", type=int, default=9, help="sequences a step")
-    parser.add_argument("--seq-len", type=int, default=256, help="tokens a sequence")
+    parser.add_argument("--rows", type=int, default=9, help="sequences per step")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens per sequence")
     parser.set_defaults(lr=3e-3, aux_coef=5e-4, seed=20260, threads=1, device="cpu")
     return parser.parse_args()
 
