@@ -53,8 +53,8 @@ def hot_expert(evidence: Evidence) -> Iterator[Finding]:
     yield _finding_of_layers(
         uneven,
         HOT_SHARE,
-        sentence=f"{worst.info.site}: expert {_busiest_expert(worst)} gets {uneven[0][0]:.1f}× its share of the "
-        f"assignments (threshold {HOT_SHARE:.0f}×{ceiling_note})"
+        sentence=f"{worst.info.site}: expert {_busiest_expert(worst)} gets {uneven[0][0]:.1f}× its share of "
+        f"the assignments (threshold {HOT_SHARE:.0f}×{ceiling_note})"
         + (f"; also {in_one_line(others)}." if others else "."),
         advice=_advice_of_load(evidence),
     )
