@@ -124,11 +124,11 @@ class _RouterBesideExperts:
         if self.block is not None:
             path = self.router
             assert isinstance(path, str)
-            return [self._found(block, path, children)] if _is_a(block, self.block) else []
+            return [self._found(block, path, children)] if _is_instance(block, self.block) else []
         found = [
             self._found(block, name, children)
             for name, child in children.items()
-            if _is_a(unwrapped(child), self.router)
+            if _is_instance(unwrapped(child), self.router)
         ]
         if isinstance(self.router, type) and self.router.__module__.startswith("torch.nn."):
             found = [item for item in found if item.experts is not None or with_experts(item).weights]
@@ -138,9 +138,9 @@ class _RouterBesideExperts:
         given = block.get_submodule(path)
         router = unwrapped(given)
         experts = children[self.experts] if self.experts is not None else None
-        told = int_attribute(router, *_NUM_EXPERTS) or int_attribute(block, *_NUM_EXPERTS)
-        holding = experts if experts is not None else experts_beside(children, given, told)
-        inner = unwrapped(holding) if holding is not None else None
+        declared = int_attribute(router, *_NUM_EXPERTS) or int_attribute(block, *_NUM_EXPERTS)
+        holder = experts if experts is not None else experts_beside(children, given, declared)
+        inner = unwrapped(holder) if holder is not None else None
         rows = 0 if inner is None else len(expert_modules(inner)) or max(expert_rows(inner), default=0)
         inside = [
             path for path, module in router.named_modules() if path and looks_like_experts(path, module)
@@ -150,11 +150,11 @@ class _RouterBesideExperts:
             router_path=path,
             experts=experts,
             block=None if inside else block,
-            num_experts=told or rows,
+            num_experts=declared or rows,
             top_k=int_attribute(router, *_TOP_K) or int_attribute(block, *_TOP_K),
             watched=router.get_submodule(self.watch) if self.watch is not None else None,
             shared=() if inside else None,
-            read=None if told or rows else self._read_with_logits,
+            read=None if declared or rows else self._read_with_logits,
             notes=(self._holds_experts(router, inside[0]),) if inside else (),
         )
 
@@ -176,5 +176,5 @@ class _RouterBesideExperts:
         return reading
 
 
-def _is_a(module: nn.Module, wanted: type[nn.Module] | str) -> bool:
+def _is_instance(module: nn.Module, wanted: type[nn.Module] | str) -> bool:
     return class_name(module) == wanted if isinstance(wanted, str) else isinstance(module, wanted)

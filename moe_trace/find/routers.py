@@ -144,9 +144,9 @@ def _sites(model: nn.Module, found: list[tuple[str, Contract, Found]]) -> list[R
         info = _info(name, label, contract, item, shared, data_parallel)
         info.parameters["shared"] = parameter_count(m for m in shared if id(m) not in counted)
         counted.update(map(id, shared))
-        told = vars(item) | {"read": item.read or contract.read}
+        fields = vars(item) | {"read": item.read or contract.read}
         sites.append(
-            RouterSite(**told, info=info, contract=contract, shares_router=callers[id(item.router)] > 1)
+            RouterSite(**fields, info=info, contract=contract, shares_router=callers[id(item.router)] > 1)
         )
     return sites
 
@@ -161,7 +161,7 @@ def _info(
 ) -> RouterInfo:
     site, layer = label
     weights, gate = _weights(item), item.gate or item.router
-    beside = projection_note(item, shared)
+    note = projection_note(item, shared)
     return RouterInfo(
         site=site,
         name=name,
@@ -180,7 +180,7 @@ def _info(
         expert_bytes=expert_bytes(weights, item.num_experts - item.identity_experts, data_parallel),
         identity_experts=item.identity_experts,
         every_expert_computes=item.every_expert_computes,
-        notes=item.notes if beside is None else (*item.notes, beside),
+        notes=item.notes if note is None else (*item.notes, note),
     )
 
 

@@ -34,8 +34,8 @@ def with_experts(found: Found) -> Found:
     """Add the weights of the experts next to the router to `found`, if its contract names none."""
     if found.experts is not None or found.weights is not None or found.block is None:
         return found
-    beside = experts_beside(dict(found.block.named_children()), found.router, found.num_experts)
-    return found if beside is None else replace(found, weights=(beside,))
+    experts = experts_beside(dict(found.block.named_children()), found.router, found.num_experts)
+    return found if experts is None else replace(found, weights=(experts,))
 
 
 def unread_experts(model: nn.Module, found: Sequence[Found]) -> list[tuple[str, nn.Module]]:
@@ -71,8 +71,8 @@ def count_experts(module: nn.Module) -> int:
     """Return the number of experts: rows of own 3-D weights, or items of one class in a list; else 0."""
     rows = [p.shape[0] for name, p in expert_matrices(module) if "." not in name]
     children = expert_modules(module)
-    alike = len({type(child) for child in children}) == 1
-    return max(rows, default=len(children) if alike else 0)
+    same_class = len({type(child) for child in children}) == 1
+    return max(rows, default=len(children) if same_class else 0)
 
 
 def experts_beside(

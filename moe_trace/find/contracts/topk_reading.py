@@ -169,7 +169,7 @@ def combine_experts_calls(call: Call, experts_calls: Sequence[Call], top_k: int)
     shape = None
     if isinstance(logits, Tensor) and logits.dim() == 2:
         shape = (logits.shape[0], logits.shape[1])
-    index, weights = _combined_choice([_choice(one) for one in experts_calls], shape, top_k)
+    index, weights = _combined_choice([_choice(experts_call) for experts_call in experts_calls], shape, top_k)
     return Call(call.router_args, call.router_output, (None, index, weights), {}, call.watched_output)
 
 

@@ -36,10 +36,10 @@ from moe_trace.find.private.launch_notes import (
 Told = Callable[[LaunchNotes], None]
 """Callback with the notes of a graph that was compiled, or loaded from the cache."""
 
-_OURS = f'"{Path(__file__).parents[2]}{os.sep}'
+_PACKAGE_PATH = f'"{Path(__file__).parents[2]}{os.sep}'
 _ADDRESS = re.compile(r"\b0x[0-9a-f]+")
 _OPERATOR = "torch.ops."
-_KEPT_AS, _CALLS = "moe_trace_launches", "moe_trace_calls"
+_NOTES_ATTRIBUTE, _CALLS_ATTRIBUTE = "moe_trace_launches", "moe_trace_calls"
 _NO_KERNEL = ("aten.copy_", "inductor_ops.resize_storage_bytes_")
 """Calls that have a name but no note, and need none."""
 _listeners: list[Told] = []
@@ -49,29 +49,29 @@ _keys: list[str] = []  # key of the graph that is looked up in the cache, until 
 _origins: WeakKeyDictionary[Any, Origins | None] = WeakKeyDictionary()
 
 
-def listen_to_compiles(told: Told) -> bool:
-    """Call `told` for every graph that Inductor compiles, until `stop_listening`.
+def listen_to_compiles(listener: Told) -> bool:
+    """Call `listener` for every graph that Inductor compiles, until `stop_listening`.
 
     The first listener enables Inductor's provenance, which costs compile time; without listeners it is as set
     by the user. Returns False if this torch version has no provenance.
     """
-    if told not in _listeners:
+    if listener not in _listeners:
         if not _listeners and not _switch_on():
             return False
-        _listeners.append(told)
+        _listeners.append(listener)
     return True
 
 
-def stop_listening(told: Told) -> None:
+def stop_listening(listener: Told) -> None:
     """Undo `listen_to_compiles`."""
-    if told in _listeners:
-        _listeners.remove(told)
+    if listener in _listeners:
+        _listeners.remove(listener)
         while _undo and not _listeners:
             _undo.pop()()
 
 
 @contextmanager
-def _said_once() -> Iterator[None]:
+def _warn_once() -> Iterator[None]:
     """Turn errors into one warning per process, since they must not break the user's compilation."""
     try:
         yield
@@ -107,9 +107,9 @@ def _switch_on() -> bool:
         from torch._inductor import codecache, compile_fx
         from torch._inductor.output_code import CompiledFxGraph
 
-        _wrap(codecache.FxGraphCache, "load_with_key", before=_know_key)
-        _wrap(compile_fx, "compile_fx", before=_know_origins)
-        _wrap(CompiledFxGraph, "after_deserialization", after=_tell_loaded)
+        _wrap(codecache.FxGraphCache, "load_with_key", before=_store_key)
+        _wrap(compile_fx, "compile_fx", before=_store_origins)
+        _wrap(CompiledFxGraph, "after_deserialization", after=_notify_loaded)
         _wrap(CompiledFxGraph, "__init__", after=_keep)
     return True
 
@@ -127,14 +127,14 @@ def _wrap(
 
     @functools.wraps(original)
     def replacement(*args: Any, **kwargs: Any) -> Any:
-        noted = None
+        before_result = None
         if before is not None:
-            with _said_once():
-                noted = before(*args, **kwargs)
+            with _warn_once():
+                before_result = before(*args, **kwargs)
         result = original(*args, **kwargs)
         if after is not None:
-            with _said_once():
-                after(noted, result, *args, **kwargs)
+            with _warn_once():
+                after(before_result, result, *args, **kwargs)
         return result
 
     def undo() -> None:
@@ -151,10 +151,12 @@ def _note_graph(earlier: set[str], module: Any, lowering: Any) -> None:
 
     kernels = debug.create_kernel_information_json()
     found = {name: note for name, note in kernels.items() if name not in earlier}
-    notes = _notes(lowering, _launches(found, vars(lowering).get(_CALLS, {})), Path(module.__file__))
+    notes = _notes(
+        lowering, _launches(found, vars(lowering).get(_CALLS_ATTRIBUTE, {})), Path(module.__file__)
+    )
     if origins := _current_origins():
-        setattr(lowering, _KEPT_AS, encode_notes(notes, origins))
-    _tell(notes)
+        setattr(lowering, _NOTES_ATTRIBUTE, encode_notes(notes, origins))
+    _notify(notes)
 
 
 def _number_of_call(debug: Any, *_: Any) -> int:
@@ -172,7 +174,7 @@ def _note_call(before: int, _: Any, scheduler: Any, scheduler_node: Any) -> None
         if _number_of_call(debug) == before:
             debug.set_kernel_post_grad_provenance_tracing(call, name, is_extern=True)
         if _number_of_call(debug) == before + 1 and call.origins:
-            calls = vars(torch._inductor.virtualized.V.graph).setdefault(_CALLS, {})
+            calls = vars(torch._inductor.virtualized.V.graph).setdefault(_CALLS_ATTRIBUTE, {})
             exact = call.origin_node if call.origin_node in call.origins else max(call.origins)
             calls[before + 1] = exact.name
 
@@ -184,7 +186,11 @@ def _notes(lowering: Any, launches: tuple[LaunchNodes, ...], path: Path) -> Laun
     problem = problem_of(path.read_text(), [launch.kernel for launch in launches])
     nodes = graph.nodes if not problem else _all_nodes(lowering.module)
     return LaunchNotes(
-        tuple(one for one in launches if not (one.kernel.startswith(_OPERATOR) and idle >= {*one.nodes})),
+        tuple(
+            launch
+            for launch in launches
+            if not (launch.kernel.startswith(_OPERATOR) and idle >= {*launch.nodes})
+        ),
         tuple(map(_node, nodes)),
         bool(getattr(lowering, "is_backward", False)),
         problem,
@@ -200,29 +206,31 @@ def _all_nodes(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
 def _keep(_: None, result: None, graph: Any, *args: Any, **kwargs: Any) -> None:
     """Store the notes in the object that Inductor puts into its cache."""
     for value in (*args, *kwargs.values()):
-        if isinstance(encoded := getattr(value, _KEPT_AS, None), bytes):
-            setattr(graph, _KEPT_AS, encoded)
+        if isinstance(encoded := getattr(value, _NOTES_ATTRIBUTE, None), bytes):
+            setattr(graph, _NOTES_ATTRIBUTE, encoded)
 
 
-def _tell_loaded(_: None, path: Any, graph: Any, *args: Any, **kwargs: Any) -> None:
+def _notify_loaded(_: None, path: Any, graph: Any, *args: Any, **kwargs: Any) -> None:
     """Report the notes of code that was loaded from the cache."""
     origins = _current_origins()
-    notes = decode_notes(getattr(graph, _KEPT_AS, None), origins) if origins else None
+    notes = decode_notes(getattr(graph, _NOTES_ATTRIBUTE, None), origins) if origins else None
     if notes is not None:
-        _tell(notes)
+        _notify(notes)
 
 
-def _know_origins(*args: Any, **kwargs: Any) -> None:
+def _store_origins(*args: Any, **kwargs: Any) -> None:
     """Keep the origins of a traced graph before it is compiled or its code is loaded from the cache."""
     context = torch._guards.TracingContext.try_get()
-    graph = next((one for one in (*args, *kwargs.values()) if isinstance(one, torch.fx.GraphModule)), None)
+    graph = next(
+        (value for value in (*args, *kwargs.values()) if isinstance(value, torch.fx.GraphModule)), None
+    )
     if context is not None and graph is not None:
         found = _origins_of(graph)
         # If a context has several graphs, a backward cannot be assigned to one of them.
         _origins[context] = found if _origins.get(context, found) == found else None
 
 
-def _know_key(key: str, *args: Any, **kwargs: Any) -> None:
+def _store_key(key: str, *args: Any, **kwargs: Any) -> None:
     """Keep the key of a graph that is looked up in the cache before it is loaded or compiled."""
     _keys[:] = [key]
 
@@ -244,10 +252,10 @@ def _origins_of(graph: torch.fx.GraphModule) -> Origins:
     return Origins(code.hexdigest(), tuple((node.modules, node.ours) for node in known))
 
 
-def _tell(notes: LaunchNotes) -> None:
+def _notify(notes: LaunchNotes) -> None:
     notes = replace(notes, key=_keys.pop() if _keys else "")
-    for told in list(_listeners):
-        told(notes)
+    for listener in list(_listeners):
+        listener(notes)
 
 
 def _launches(kernels: dict[str, Any], calls: dict[int, str]) -> tuple[LaunchNodes, ...]:
@@ -261,7 +269,7 @@ def _launches(kernels: dict[str, Any], calls: dict[int, str]) -> tuple[LaunchNod
         kernel, _, number = name.rpartition(":")
         nodes = [calls[int(number)]] if int(number) in calls else notes["post_grad_nodes"]
         found.append((int(number), LaunchNodes(kernel, tuple(nodes))))
-    return tuple(launch for _, launch in sorted(found, key=lambda one: one[0]))
+    return tuple(launch for _, launch in sorted(found, key=lambda numbered: numbered[0]))
 
 
 def _is_idle(node: torch.fx.Node) -> bool:
@@ -274,4 +282,6 @@ def _is_idle(node: torch.fx.Node) -> bool:
 def _node(node: torch.fx.Node) -> GraphNode:
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     modules = tuple(str(entry[0]) for entry in stack.values())
-    return GraphNode(node.name, str(node.target), modules, _OURS in str(node.meta.get("stack_trace") or ""))
+    return GraphNode(
+        node.name, str(node.target), modules, _PACKAGE_PATH in str(node.meta.get("stack_trace") or "")
+    )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 _missing: dict[str, str] = {}
-_said: list[bool] = []
+_warned: list[bool] = []
 
 
 def missing() -> list[str]:
@@ -29,8 +29,8 @@ def missing() -> list[str]:
 
 def warn_of_missing() -> None:
     """Warn of missing features, once per process."""
-    if _missing and not _said:
-        _said.append(True)
+    if _missing and not _warned:
+        _warned.append(True)
         warnings.warn("; ".join(missing()), RuntimeWarning, stacklevel=3)
 
 
@@ -127,12 +127,12 @@ def profiles_all_threads(config: Any) -> bool:
     """Return whether a profiler's `experimental_config`, readable by its pickle only, selects all threads."""
     make = _named("_C._profiler._ExperimentalConfig")
     try:
-        default, every = (tuple(make(profile_all_threads=on).__getstate__()) for on in (False, True))
+        default, all_threads = (tuple(make(profile_all_threads=on).__getstate__()) for on in (False, True))
         state = tuple(config.__getstate__())
     except (AttributeError, TypeError):
         return False
-    where = [i for i, (a, b) in enumerate(zip(default, every, strict=True)) if a != b]
-    return bool(where and len(state) == len(default) and state[where[0]])
+    differing = [i for i, (a, b) in enumerate(zip(default, all_threads, strict=True)) if a != b]
+    return bool(differing and len(state) == len(default) and state[differing[0]])
 
 
 _enter = _named("_C._autograd._record_function_with_args_enter")
@@ -184,11 +184,11 @@ def skip_in_dynamo(functions: Iterable[Callable[..., Any]]) -> None:
     are inlined into a larger graph are still traced (`torch.compiler.disable` would break that graph)."""
     strategy = _named("_C._dynamo.eval_frame._FrameExecStrategy")
     action = _named("_C._dynamo.eval_frame._FrameAction")
-    put = _named("_C._dynamo.eval_frame.set_code_exec_strategy")
-    if strategy is None or action is None or put is None:
+    set_strategy = _named("_C._dynamo.eval_frame.set_code_exec_strategy")
+    if strategy is None or action is None or set_strategy is None:
         return
     for function in functions:
-        put(function.__code__, strategy(action.SKIP, action.SKIP))
+        set_strategy(function.__code__, strategy(action.SKIP, action.SKIP))
 
 
 def may_be_compiled() -> bool:
@@ -292,9 +292,13 @@ def shares_hooks(module: nn.Module, other: nn.Module) -> bool:
 def remove_hooks(module: nn.Module, unwanted: Callable[[Any], bool]) -> None:
     """Remove the forward hooks and pre-hooks of a module that `unwanted` selects, without their handles."""
     names = ("_forward_pre_hooks", _HOOKS)
-    beside = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+    flag_names = (
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    )
     for hooks in (getattr(module, name, {}) for name in names):
         for key in [key for key, hook in hooks.items() if unwanted(hook)]:
             del hooks[key]
-            for name in beside:
+            for name in flag_names:
                 getattr(module, name, {}).pop(key, None)

@@ -65,9 +65,9 @@ def read_index(parts: Sequence[Any], num_experts: int, *, one_each: bool = False
         AdapterMismatch: there are ids, but the weights that belong to them are ambiguous or missing.
     """
     tensors = [part for part in parts if isinstance(part, Tensor)]
-    if one_each and _tells_one_each(tensors, num_experts):
+    if one_each and _has_one_per_token(tensors, num_experts):
         tensors = [t.unsqueeze(-1) for t in tensors if t.dim() == 1]
-    ids = [t for t in tensors if t.dim() >= 2 and _is_whole(t)]
+    ids = [t for t in tensors if t.dim() >= 2 and _is_integer(t)]
     if len(ids) == 2 and len(parts) == 7 and parts[2] == num_experts:
         return _capacity_routes(parts)
     if not ids:
@@ -96,15 +96,15 @@ def told_counts(parts: Sequence[Any], num_experts: int) -> Tensor | None:
     return vectors[0].detach() if len(vectors) == 1 and not vectors[0].requires_grad else None
 
 
-def _tells_one_each(tensors: Sequence[Tensor], num_experts: int) -> bool:
+def _has_one_per_token(tensors: Sequence[Tensor], num_experts: int) -> bool:
     """Return whether there are ids [T] and weights [T] that cannot be statistics [E] of the experts."""
     vectors = [t for t in tensors if t.dim() == 1]
-    if len(vectors) != 2 or vectors[0].shape != vectors[1].shape or sum(map(_is_whole, tensors)) != 1:
+    if len(vectors) != 2 or vectors[0].shape != vectors[1].shape or sum(map(_is_integer, tensors)) != 1:
         return False
-    return any(map(_is_whole, vectors)) and (vectors[0].numel() != num_experts or len(tensors) == 2)
+    return any(map(_is_integer, vectors)) and (vectors[0].numel() != num_experts or len(tensors) == 2)
 
 
-def _is_whole(tensor: Tensor) -> bool:
+def _is_integer(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
 
 

@@ -54,8 +54,8 @@ def read_by_structure(
         return _by_rows(call, parts, logits, num_experts, top_k)
     decision = decision.without(given.get(MASK_ARGUMENT), num_experts)
     rows = None if call.expert_rows is None else ExpertRows(call.expert_rows, by_logits=False, whole=False)
-    told, logits_TE = told_counts(parts, num_experts), _flat(logits, num_experts)
-    return RouterOutput(decision.index_TK, decision.weights_TK, logits_TE, rows, told)
+    counts_E, logits_TE = told_counts(parts, num_experts), _flat(logits, num_experts)
+    return RouterOutput(decision.index_TK, decision.weights_TK, logits_TE, rows, counts_E)
 
 
 def _flat(logits: Any, num_experts: int) -> Tensor | None:
@@ -79,18 +79,20 @@ def _by_rows(call: Call, parts: tuple[Any, ...], logits: Any, num_experts: int, 
             + ("" if rows_E else "; and no expert was called that is a module of a list")
         )
     scores_TE = dense[0].reshape(-1, num_experts)
-    tokens, entered = scores_TE.shape[0], sum(rows_E or ())
-    slots = top_k or -(-entered // max(1, tokens))
+    tokens, total_rows = scores_TE.shape[0], sum(rows_E or ())
+    slots = top_k or -(-total_rows // max(1, tokens))
     if rows_E is not None and not _may_be_tokens(rows_E, tokens, top_k):
-        least = f"{top_k} rows" if top_k else "a whole number of rows"
+        limit = f"{top_k} rows" if top_k else "a whole number of rows"
         raise AdapterMismatch(
-            f"expected the experts to receive at most {least} for each of the {tokens} tokens of the gate, "
+            f"expected the experts to receive at most {limit} for each of the {tokens} tokens of the gate, "
             f"found {list(rows_E)} rows. moe_trace.register_adapter teaches what they are"
         )
     with overhead_range():
         top_TK, index_TK = scores_TE.topk(min(slots, num_experts), dim=-1)
-        held = ExpertRows(rows_E or (0,) * num_experts, by_logits=True, whole=entered == tokens * top_k)
-        return RouterOutput(index_TK, torch.ones_like(top_TK), _flat(logits, num_experts), held)
+        expert_rows = ExpertRows(
+            rows_E or (0,) * num_experts, by_logits=True, whole=total_rows == tokens * top_k
+        )
+        return RouterOutput(index_TK, torch.ones_like(top_TK), _flat(logits, num_experts), expert_rows)
 
 
 def _may_be_tokens(rows_E: tuple[int, ...], tokens: int, top_k: int) -> bool:

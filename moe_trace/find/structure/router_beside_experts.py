@@ -30,7 +30,7 @@ _ROUTER_CLASS = re.compile(r"Router|Gate(V\d+)?$|Gating$|TopK")
 _GATE_NAME = re.compile(r"gat(e|ing)|rout|^wg$|switch|select|expert", re.IGNORECASE)
 _EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
 _CLASSES = ("num_experts", "n_experts", "n_routed_experts", "num_moe_experts")
-_LOCAL = (*_CLASSES, "num_local_experts", "moe_num_experts")
+_LOCAL_EXPERTS = (*_CLASSES, "num_local_experts", "moe_num_experts")
 _CONFIG_TOP_K = (
     *("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_router_topk", "moe_topk"),
     *("n_activated_experts", "num_selected_experts", "num_selects", "moe_top_k", "moe_k"),
@@ -40,7 +40,7 @@ _TOP_K = ("top_k", "topk", "k", *_CONFIG_TOP_K)
 
 def find_router_beside_experts(block: nn.Module) -> list[Found]:
     """Find a block with one router, or one linear gate, and one module of experts."""
-    found = _look_at(block)
+    found = _inspect(block)
     return [found] if isinstance(found, Found) else []
 
 
@@ -50,22 +50,22 @@ def describe_unread(model: nn.Module, unread: Sequence[tuple[str, nn.Module]]) -
     Args:
         unread: (path, module) of modules that look like routed experts.
     """
-    shown = dict.fromkeys(_described(model, path, module) for path, module in unread)
-    more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-    return "; ".join(list(shown)[:3]) + more
+    descriptions = dict.fromkeys(_described(model, path, module) for path, module in unread)
+    more = f" and {len(descriptions) - 3} more" if len(descriptions) > 3 else ""
+    return "; ".join(list(descriptions)[:3]) + more
 
 
 def _described(model: nn.Module, path: str, module: nn.Module) -> str:
     above = path.rpartition(".")[0]
     block = model.get_submodule(above)
-    why = _look_at(block) if path else None
+    why = _inspect(block) if path else None
     if isinstance(why, str):
         return f"{above or 'the model'} ({class_name(unwrapped(block))}): {why}"
     called = ", ".join(forward_parameters(unwrapped(module)))
     return f"{path or 'the model'} ({class_name(unwrapped(module))}, called as ({called}))"
 
 
-def _look_at(block: nn.Module) -> Found | str | None:
+def _inspect(block: nn.Module) -> Found | str | None:
     """Return the block's router, or the reason why its experts cannot be read; None without experts."""
     children = {n: c for n, c in block.named_children() if "shared" not in n}
     routers = [name for name, child in children.items() if _is_router(name, unwrapped(child))]
@@ -76,7 +76,7 @@ def _look_at(block: nn.Module) -> Found | str | None:
     held = experts_held(holder)
     routers = routers or _gates(children, holder, held)
     if len(routers) != 1:
-        return _without_one_router(block, routers, held)
+        return _router_problem(block, routers, held)
     given = children[routers[0]]
     classes = router_classes(unwrapped(given))
     if classes < 2 or classes % held:  # under expert parallelism, ranks hold equal parts
@@ -86,7 +86,7 @@ def _look_at(block: nn.Module) -> Found | str | None:
 
 def _found(block: nn.Module, path: str, given: nn.Module, experts: nn.Module, classes: int) -> Found:
     router, is_list = unwrapped(given), isinstance(unwrapped(experts), nn.ModuleList | nn.ModuleDict)
-    top_k, inside, listed = _chosen(router, block), logits_module(router, classes), _listed(experts, classes)
+    top_k, inside, listed = _top_k(router, block), logits_module(router, classes), _listed(experts, classes)
     return Found(
         router=given,
         router_path=path,
@@ -128,7 +128,7 @@ def _gates(children: dict[str, nn.Module], holder: nn.Module, held: int) -> list
     return [name for name in gates if "noise" not in name] or gates
 
 
-def _without_one_router(block: nn.Module, routers: list[str], held: int) -> str:
+def _router_problem(block: nn.Module, routers: list[str], held: int) -> str:
     if routers:
         return f"{', '.join(routers)} may each be its router"
     weights = [name for name, p in block._parameters.items() if p is not None and held in p.shape]
@@ -165,10 +165,10 @@ def _listed(experts: nn.Module, classes: int) -> tuple[nn.Module, ...]:
 
 def router_classes(router: nn.Module) -> int:
     """Return E from the router's attributes, or else its linear layers or weight; 0 if unknown."""
-    told = int_attribute(router, *_CLASSES) or int_attribute(getattr(router, "config", None), *_CLASSES)
+    declared = int_attribute(router, *_CLASSES) or int_attribute(getattr(router, "config", None), *_CLASSES)
     last = _last_layer(router)
-    if told or last is not None:
-        return told or int_attribute(last, "out_features")
+    if declared or last is not None:
+        return declared or int_attribute(last, "out_features")
     linear = {
         int_attribute(unwrapped(c), "out_features")
         for c in router.children()
@@ -182,16 +182,16 @@ def router_classes(router: nn.Module) -> int:
 
 def experts_held(experts: nn.Module) -> int:
     """Return the number of experts that a module holds on this rank, in a list, 3-D weights or attribute."""
-    lists = [len(expert_modules(part)) for part in experts.modules()]
-    told = [int_attribute(part, *_LOCAL) for part in experts.modules()]
-    return max(*lists, 0) or max(expert_rows(experts), default=0) or max(*told, 0)
+    lengths = [len(expert_modules(part)) for part in experts.modules()]
+    declared = [int_attribute(part, *_LOCAL_EXPERTS) for part in experts.modules()]
+    return max(*lengths, 0) or max(expert_rows(experts), default=0) or max(*declared, 0)
 
 
-def _chosen(router: nn.Module, block: nn.Module) -> int:
+def _top_k(router: nn.Module, block: nn.Module) -> int:
     """Return K from the router or the block; `top_k` in a config is ignored, since it may be for sampling."""
     configs = [getattr(module, "config", None) for module in (router, block)]
-    told = int_attribute(router, *_TOP_K) or int_attribute(block, *_TOP_K)
-    return told or int_attribute(configs[0], *_CONFIG_TOP_K) or int_attribute(configs[1], *_CONFIG_TOP_K)
+    declared = int_attribute(router, *_TOP_K) or int_attribute(block, *_TOP_K)
+    return declared or int_attribute(configs[0], *_CONFIG_TOP_K) or int_attribute(configs[1], *_CONFIG_TOP_K)
 
 
 ROUTER_BESIDE_EXPERTS = Contract(

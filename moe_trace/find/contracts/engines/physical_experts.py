@@ -30,7 +30,7 @@ def experts_of_slots(slots_ER: Tensor, num_slots: int) -> Tensor:
         # The extra last element is written and read for ids that are no slot.
         expert_P1 = torch.full((num_slots + 1,), -1, dtype=torch.int64, device=slots_ER.device)
         expert_P1.scatter_(
-            0, _or_last(slots_ER, num_slots).flatten(), experts_E.repeat_interleave(slots_ER.shape[1])
+            0, _replace_invalid(slots_ER, num_slots).flatten(), experts_E.repeat_interleave(slots_ER.shape[1])
         )
         expert_P1[-1:] = -1
         return expert_P1
@@ -39,7 +39,7 @@ def experts_of_slots(slots_ER: Tensor, num_slots: int) -> Tensor:
 def logical_ids(ids_TK: Tensor, expert_P1: Tensor) -> Tensor:
     """Return the expert of each slot id, [T, K]; -1 for ids that are no slot in use."""
     with overhead_range():
-        return expert_P1[_or_last(ids_TK, len(expert_P1) - 1)]
+        return expert_P1[_replace_invalid(ids_TK, len(expert_P1) - 1)]
 
 
 def slots_of_call(ids_TK: Tensor, weights_TK: Tensor, expert_P1: Tensor) -> Tensor:
@@ -49,12 +49,12 @@ def slots_of_call(ids_TK: Tensor, weights_TK: Tensor, expert_P1: Tensor) -> Tens
         weights_TK: gating weight of each id.
     """
     with overhead_range():
-        ids_N = _or_last(ids_TK.masked_fill(weights_TK == 0, -1), len(expert_P1) - 1).flatten()
+        ids_N = _replace_invalid(ids_TK.masked_fill(weights_TK == 0, -1), len(expert_P1) - 1).flatten()
         counted_N = (expert_P1[ids_N] >= 0).long()
         counts_P1 = torch.zeros_like(expert_P1).scatter_add_(0, ids_N, counted_N)
         return torch.cat([counts_P1[:-1], expert_P1[:-1]])
 
 
-def _or_last(ids: Tensor, num_slots: int) -> Tensor:
+def _replace_invalid(ids: Tensor, num_slots: int) -> Tensor:
     ids = ids.long()
     return torch.where((ids >= 0) & (ids < num_slots), ids, num_slots)

@@ -108,8 +108,8 @@ def find_vllm(block: nn.Module) -> list[Found]:
 
 
 def _found(block: nn.Module, name: str, runner: Any) -> Found:
-    beside = ((path, getattr(block, path, None)) for path in ("gate", "router"))
-    gates = (*beside, (f"{name}.gate", getattr(runner, "gate", None)))
+    in_block = ((path, getattr(block, path, None)) for path in ("gate", "router"))
+    gates = (*in_block, (f"{name}.gate", getattr(runner, "gate", None)))
     path, gate = next(((p, g) for p, g in gates if isinstance(g, nn.Module)), (f"{name}.router", None))
     experts, config = runner.routed_experts, getattr(runner, "moe_config", None)
     fields: dict[str, Any] = {
@@ -147,12 +147,12 @@ def _balanced(runner: Any, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tap(kind: type[Tap], owner: Any, name: str, holds: nn.Module | None) -> Tap:
-    there = getattr(owner.__dict__.get(name), "__self__", None)
-    if isinstance(there, Tap):
-        return there
+    installed = getattr(owner.__dict__.get(name), "__self__", None)
+    if isinstance(installed, Tap):
+        return installed
     # The tap has the name of the owner's class, which is the one that users know.
     tap = type(type(owner).__name__, (kind,), {})(owner, name, holds)
-    if missing := [one for one in _NEEDS[name] if one not in tap.names]:
+    if missing := [argument for argument in _NEEDS[name] if argument not in tap.names]:
         raise AdapterMismatch(
             f"expected {type(owner).__name__}.{name} to take {', '.join(missing)}; "
             f"it takes {', '.join(tap.names)}"
