@@ -19,7 +19,7 @@ from moe_trace.record.forward.ranges import note_profiler, profiler_is_recording
 from moe_trace.timeline.merge import compress, merge_in_place
 
 _TRACERS = "_moe_trace_tracers"  # profiler attribute: attached tracer -> its `follow` callback
-_OWN = "_moe_trace_own_methods"  # profiler attribute: methods that others had patched before
+_OWN_METHODS = "_moe_trace_own_methods"  # profiler attribute: methods that others had patched before
 
 _PATCHED = ("start", "step", "stop", "export_chrome_trace")
 
@@ -50,7 +50,7 @@ def attach_tracer(prof: Any, tracer: Tracer, *, follow: Follow | None = None) ->
 
 
 def _wrap_methods(prof: Any) -> None:
-    setattr(prof, _OWN, {name: prof.__dict__[name] for name in _PATCHED if name in prof.__dict__})
+    setattr(prof, _OWN_METHODS, {name: prof.__dict__[name] for name in _PATCHED if name in prof.__dict__})
     setattr(prof, _TRACERS, {})
     # The host does not see forwards that run inside graphs, so tracers need to know where a step ends and
     # where a trace begins and ends.
@@ -74,8 +74,8 @@ def detach_tracer(prof: Any, tracer: Tracer) -> None:
         return
     del tracers[tracer]
     if not tracers:
-        own = getattr(prof, _OWN)
-        for name in (*_PATCHED, _TRACERS, _OWN):
+        own = getattr(prof, _OWN_METHODS)
+        for name in (*_PATCHED, _TRACERS, _OWN_METHODS):
             prof.__dict__.pop(name, None)
         prof.__dict__.update(own)
 
@@ -205,7 +205,7 @@ def _contributing(prof: Any) -> list[Tracer]:
         if not calls[tracer]:
             warnings.warn(_nothing_recorded(tracer), RuntimeWarning, stacklevel=8)
     known = {site.router for tracer in chosen if calls[tracer] for site in tracer.sites}
-    for tracer in sorted((one for one in tracers if one not in chosen), key=calls.__getitem__, reverse=True):
+    for tracer in sorted((t for t in tracers if t not in chosen), key=calls.__getitem__, reverse=True):
         routers = {site.router for site in tracer.sites}
         if calls[tracer] and not routers <= known:
             chosen.append(tracer)

@@ -40,10 +40,10 @@ def warm_up(sites: Sequence[RouterSite]) -> None:
         weight = next(site.router.parameters(), None)
         if weight is not None and weight.is_cuda and site.info.num_experts and site.info.top_k:
             kinds[weight.device, weight.dtype, site.info.num_experts, site.info.top_k].append(site)
-    for kind, alike in kinds.items():
+    for kind, same_kind in kinds.items():
         if kind not in _warm and not is_capturing(kind[0]):
             _warm.add(kind)
-            _warm_up(*kind, alike)
+            _warm_up(*kind, same_kind)
 
 
 @torch.no_grad()
@@ -63,8 +63,10 @@ def _warm_up(
         shipped += recorder.take()
         ring = _reading(device, torch.float32, 4, num_experts, top_k)
         assert ring.logits_TE is not None
-        alike = (torch.stack([one] * len(sites)) for one in (ring.logits_TE, ring.weights_TK, ring.index_TK))
-        logits, weights, index = alike
+        stacked = (
+            torch.stack([tensor] * len(sites)) for tensor in (ring.logits_TE, ring.weights_TK, ring.index_TK)
+        )
+        logits, weights, index = stacked
         routing_stats(logits, weights, index, num_experts, None)
         if device.type == "cuda":  # otherwise kernels might end within the user's trace
             torch.cuda.current_stream(device).synchronize()

@@ -37,7 +37,7 @@ def router_infos(hooks: ModelHooks) -> tuple[RouterInfo, ...]:
 def recorded_calls(hooks: ModelHooks, graphs: RingReader) -> list[int]:
     """Return the number of recorded calls of each router, inside and outside graphs."""
     counts = hooks.calls.counts
-    return [one.recorded + in_graphs for one, in_graphs in zip(counts, graphs.calls, strict=True)]
+    return [state.recorded + in_graphs for state, in_graphs in zip(counts, graphs.calls, strict=True)]
 
 
 def _silent_forwards(hooks: ModelHooks, graphs: RingReader) -> int:

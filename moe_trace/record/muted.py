@@ -40,8 +40,8 @@ class MutedHooks:
         self.rings = ModelRings(
             self.sites,
             GraphForwards(lambda: 0, lambda _: False),
-            started=_nothing,
-            counting=_nothing,
+            started=_no_op,
+            counting=_no_op,
             keeps_ids=any(rings.keeps_ids for rings in graphs.rings.sites),
         )
         self.rings.take_over(graphs.rings)
@@ -52,14 +52,14 @@ class MutedHooks:
         for entry in self._entries:
             entry.install()
         log, ranges = EventLog(), OpenRanges()
-        log.note, ranges.wanted = _nothing, False
+        log.note, ranges.wanted = _no_op, False
         shared: dict[str, Any] = {"ranges": ranges, "captures": CaptureNotes(), "log": log, "owner": None}
         self._routers: list[SiteHooks] = []
         for index, (site, rings, as_before) in enumerate(zip(self.sites, self.rings.sites, on, strict=True)):
             clock = _NoClock() if as_before.timed else None
             router = SiteHooks(site, index, rings=rings, clock=clock, **shared)
             router.copies = _NoCopies()
-            router.sending = _nothing if as_before.sending else None
+            router.sending = _no_op if as_before.sending else None
             router.put_on_as(as_before)
             self._routers.append(router)
         self.on = {_key(site): as_before for site, as_before in zip(self.sites, on, strict=True)}
@@ -74,8 +74,8 @@ class MutedHooks:
 
     def shares(self, sites: Sequence[RouterSite]) -> bool:
         """Return whether any of these routers has the muted hooks."""
-        mine = {id(site.router) for site in self.sites}
-        return any(id(site.router) in mine for site in sites)
+        routers = {id(site.router) for site in self.sites}
+        return any(id(site.router) in routers for site in sites)
 
     @property
     def moved(self) -> bool:
@@ -123,7 +123,7 @@ def unmute(sites: Sequence[RouterSite], graphs: RingReader) -> list[HooksOn | No
         Per router, the hooks to install so that compiled code is reused; empty if there is no such code.
     """
     found: list[HooksOn | None] = []
-    for muted in [one for one in _muted if one.shares(sites)]:
+    for muted in [hooks for hooks in _muted if hooks.shares(sites)]:
         muted.remove()
         if not (found or muted.moved) and graphs.take_over(muted.rings, muted.graphs):
             found = [muted.on.get(_key(site)) for site in sites]
@@ -160,11 +160,11 @@ def _key(site: RouterSite) -> tuple[int, str]:
     return id(site.router), site.name
 
 
-def _nothing(*_: Any) -> None: ...
+def _no_op(*_: Any) -> None: ...
 
 
 class _NoClock:
-    start = stop = keep = staticmethod(_nothing)
+    start = stop = keep = staticmethod(_no_op)
 
 
 class _NoCopies(TensorCopies):

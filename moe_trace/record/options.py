@@ -24,17 +24,17 @@ class TracerOptions:
     capacity_bytes: int
 
     def __post_init__(self) -> None:
-        least = {"every": 1, "warmup": 0, "capacity": 1, "capacity_bytes": 1}
-        if any(getattr(self, name) < value for name, value in least.items()):
-            expected = ", ".join(f"{name} >= {value}" for name, value in least.items())
-            found = ", ".join(f"{name}={getattr(self, name)}" for name in least)
+        minimums = {"every": 1, "warmup": 0, "capacity": 1, "capacity_bytes": 1}
+        if any(getattr(self, name) < value for name, value in minimums.items()):
+            expected = ", ".join(f"{name} >= {value}" for name, value in minimums.items())
+            found = ", ".join(f"{name}={getattr(self, name)}" for name in minimums)
             raise UsageError(f"expected {expected}; found {found}")
 
     def as_recorded(self) -> dict[str, Any]:
         """Return the options in JSON-compatible form, with the name of a layer predicate in its place."""
         layers = self.layers
         if callable(layers):
-            told: Any = getattr(layers, "__name__", "predicate")
+            described: Any = getattr(layers, "__name__", "predicate")
         else:
-            told = None if layers is None else list(layers)
-        return {**asdict(self), "layers": told}
+            described = None if layers is None else list(layers)
+        return {**asdict(self), "layers": described}

@@ -199,13 +199,15 @@ class _Stacked:
             raise ValueError("expected an index and weights of one shape [T, K]")
         norms, total = [], torch.zeros_like(output, dtype=torch.float32)
         for slot in range(index_TK.shape[1]):
-            one = weights_TK.new_ones(len(index_TK), 1)
+            ones = weights_TK.new_ones(len(index_TK), 1)
             try:
-                alone = experts.forward(hidden, index_TK[:, slot : slot + 1].contiguous(), one).float()
+                slot_output = experts.forward(hidden, index_TK[:, slot : slot + 1].contiguous(), ones).float()
             except (ValueError, IndexError, RuntimeError) as error:
                 raise ValueError(f"the experts cannot be called for one slot alone ({error})") from error
-            norms.append(alone.reshape(len(index_TK), -1).norm(dim=1))
-            total += (alone.reshape(len(index_TK), -1) * weights_TK[:, slot, None].float()).view_as(total)
+            norms.append(slot_output.reshape(len(index_TK), -1).norm(dim=1))
+            total += (slot_output.reshape(len(index_TK), -1) * weights_TK[:, slot, None].float()).view_as(
+                total
+            )
         if not _adds_up(total, output):
             raise ValueError(_NOT_THE_SUM)
         return RouterOutput(index_TK, weights_TK, None), torch.stack(norms, dim=1)
@@ -247,23 +249,25 @@ class _Listed:
         if len(hidden_TH) != len(index_TK):
             raise ValueError(f"found {len(hidden_TH)} tokens and {len(index_TK)} decisions, expected as many")
         norm_TK = torch.zeros(index_TK.shape, device=hidden_TH.device)
-        possible = _possible_weights(choice)
-        totals = [torch.zeros(hidden_TH.shape, device=hidden_TH.device) for _ in possible]
+        candidates = _candidate_weights(choice)
+        totals = [torch.zeros(hidden_TH.shape, device=hidden_TH.device) for _ in candidates]
         for expert, module in enumerate(self.site.listed):
             tokens, slots = torch.where((index_TK == expert) & (choice.weights_TK != 0))
             if len(tokens):
-                alone = module.forward(hidden_TH[tokens]).float()
-                norm_TK[tokens, slots] = alone.norm(dim=1)
-                for total, weights_TK in zip(totals, possible, strict=True):
-                    total.index_add_(0, tokens, alone * weights_TK[tokens, slots, None].float())
-        whole = output[0] if isinstance(output, tuple) else output
-        found = next((w for w, total in zip(possible, totals, strict=True) if _adds_up(total, whole)), None)
+                expert_output = module.forward(hidden_TH[tokens]).float()
+                norm_TK[tokens, slots] = expert_output.norm(dim=1)
+                for total, weights_TK in zip(totals, candidates, strict=True):
+                    total.index_add_(0, tokens, expert_output * weights_TK[tokens, slots, None].float())
+        layer_output = output[0] if isinstance(output, tuple) else output
+        found = next(
+            (w for w, total in zip(candidates, totals, strict=True) if _adds_up(total, layer_output)), None
+        )
         if found is None:
             raise ValueError(_NOT_THE_SUM)
         return RouterOutput(index_TK, found, None), norm_TK
 
 
-def _possible_weights(choice: RouterOutput) -> list[Tensor]:
+def _candidate_weights(choice: RouterOutput) -> list[Tensor]:
     """Return candidates for the [T, K] weights that scale the outputs.
 
     The candidates are the router's own weights and, for a gate that returns logits only, their softmax over
@@ -285,5 +289,5 @@ _NOT_THE_SUM = (
 def _adds_up(total: Tensor, output: Tensor) -> bool:
     """Return whether the sum of weighted outputs equals the layer's output, up to rounding."""
     output = output.detach()
-    far = (total - output.reshape(total.shape).float()).norm()
-    return bool(far <= _TOLERANCE.get(output.dtype, _TOLERANCE_HALF) * output.float().norm())
+    difference = (total - output.reshape(total.shape).float()).norm()
+    return bool(difference <= _TOLERANCE.get(output.dtype, _TOLERANCE_HALF) * output.float().norm())

@@ -35,7 +35,7 @@ _BEGINNINGS = (
 _lock = threading.RLock()
 _listeners: list[weakref.WeakMethod[Listener]] = []
 _originals: list[tuple[type, str, Any, Any]] = []
-_told: list[weakref.ref[Any]] = []
+_reported: list[weakref.ref[Any]] = []
 """The profiler reported last: a process has one session at a time."""
 
 
@@ -46,7 +46,7 @@ def listen(listener: Listener) -> None:
             _originals.extend(_wrap(owner, name) for owner, name in _BEGINNINGS)
         _listeners.append(weakref.WeakMethod(listener, _forget))
     for prof in _recording():
-        _tell(prof, [listener])
+        _notify(prof, [listener])
 
 
 def unlisten(listener: Listener) -> None:
@@ -66,28 +66,28 @@ def _forget(reference: weakref.WeakMethod[Listener]) -> None:
             if owner.__dict__.get(name) is wrapped:  # otherwise it was wrapped again, and calls the original
                 setattr(owner, name, original)
         _originals.clear()
-        _told.clear()
+        _reported.clear()
 
 
 def _wrap(owner: type, name: str) -> tuple[type, str, Any, Any]:
     original = owner.__dict__[name]
 
     @functools.wraps(original)
-    def tell_and_call(prof: Any, *args: Any, **kwargs: Any) -> Any:
+    def notify_and_call(prof: Any, *args: Any, **kwargs: Any) -> Any:
         known, recorded = bool(attached_tracers(prof)), profiler_is_recording()
-        _tell(prof)
+        _notify(prof)
         result = original(prof, *args, **kwargs)
         if not known and not recorded:  # from now on the profiler's own methods do that
             mark_begin(prof)
         return result
 
-    setattr(owner, name, tell_and_call)
-    return owner, name, original, tell_and_call
+    setattr(owner, name, notify_and_call)
+    return owner, name, original, notify_and_call
 
 
-def _tell(prof: Any, listeners: list[Listener] | None = None) -> None:
+def _notify(prof: Any, listeners: list[Listener] | None = None) -> None:
     if listeners is None:
-        _told[:] = [weakref.ref(prof)]
+        _reported[:] = [weakref.ref(prof)]
         listeners = [method for method in (reference() for reference in _listeners) if method is not None]
     for listener in listeners:
         try:
@@ -100,13 +100,15 @@ def _recording() -> list[Any]:
     """Return the profiler of the current session, as a list that is empty without one."""
     if not process_is_profiled():
         return []
-    known = [prof for prof in (reference() for reference in _told) if prof is not None and _records(prof)]
+    known = [prof for prof in (reference() for reference in _reported) if prof is not None and _records(prof)]
     if known:
         return known
     kinds = (_low_level, _autograd)
-    found = [one for one in gc.get_objects() if issubclass(type(one), kinds) and _records(one)]
-    _told[:] = [weakref.ref(one) for one in found if isinstance(one, _low_level)] or map(weakref.ref, found)
-    return [prof for prof in (reference() for reference in _told) if prof is not None]
+    found = [obj for obj in gc.get_objects() if issubclass(type(obj), kinds) and _records(obj)]
+    _reported[:] = [weakref.ref(obj) for obj in found if isinstance(obj, _low_level)] or map(
+        weakref.ref, found
+    )
+    return [prof for prof in (reference() for reference in _reported) if prof is not None]
 
 
 def _records(prof: Any) -> bool:
@@ -123,30 +125,30 @@ class Sessions:
 
     def __init__(self, tracer: Any, steps: Steps, *, auto: bool) -> None:
         self._tracer, self._steps, self._auto = tracer, steps, auto
-        self._left = weakref.WeakSet[Any]()
+        self._detached = weakref.WeakSet[Any]()
 
     def start(self) -> None:
         """Start listening for profilers, when the tracer becomes active."""
         if self._auto:
-            listen(self._met)
+            listen(self._on_profiler)
 
     def stop(self) -> None:
         """Stop listening. Profilers seen so far stay attached, since they may be exported later."""
-        unlisten(self._met)
+        unlisten(self._on_profiler)
 
     def attach(self, prof: Any) -> None:
         """Attach to a profiler at the user's request."""
-        self._left.discard(prof)
+        self._detached.discard(prof)
         self._steps.profiler = prof
         attach_tracer(prof, self._tracer)
 
     def detach(self, prof: Any) -> None:
         """Detach from a profiler, and do not attach to it automatically again."""
-        self._left.add(prof)
+        self._detached.add(prof)
         detach_tracer(prof, self._tracer)
         self._steps.leave(prof)
 
-    def _met(self, prof: Any) -> None:
-        if prof not in self._left and self._tracer not in attached_tracers(prof):
+    def _on_profiler(self, prof: Any) -> None:
+        if prof not in self._detached and self._tracer not in attached_tracers(prof):
             attach_tracer(prof, self._tracer, follow=self._steps.follow)
             self._steps.follow(prof, "start")

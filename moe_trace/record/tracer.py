@@ -281,7 +281,7 @@ class MoETracer(HookOwner):
     @property
     def called(self) -> bool:
         """Whether any router was called, or compiled with its hooks."""
-        return self._graphs.writes or any(one.seen for one in self._hooks.calls.counts)
+        return self._graphs.writes or any(state.seen for state in self._hooks.calls.counts)
 
     recompile = staticmethod(recompile)
 

@@ -49,23 +49,23 @@ _keys: list[str] = []  # key of the graph that is looked up in the cache, until 
 _origins: WeakKeyDictionary[Any, Origins | None] = WeakKeyDictionary()
 
 
-def listen_to_compiles(listener: Told) -> bool:
-    """Call `listener` for every graph that Inductor compiles, until `stop_listening`.
+def listen_to_compiles(told: Told) -> bool:
+    """Call `told` for every graph that Inductor compiles, until `stop_listening`.
 
     The first listener enables Inductor's provenance, which costs compile time; without listeners it is as set
     by the user. Returns False if this torch version has no provenance.
     """
-    if listener not in _listeners:
+    if told not in _listeners:
         if not _listeners and not _switch_on():
             return False
-        _listeners.append(listener)
+        _listeners.append(told)
     return True
 
 
-def stop_listening(listener: Told) -> None:
+def stop_listening(told: Told) -> None:
     """Undo `listen_to_compiles`."""
-    if listener in _listeners:
-        _listeners.remove(listener)
+    if told in _listeners:
+        _listeners.remove(told)
         while _undo and not _listeners:
             _undo.pop()()
 

@@ -66,12 +66,12 @@ class Origins:
     nodes: tuple[tuple[tuple[str, ...], bool], ...]
     """`GraphNode.modules` and `GraphNode.ours` of each node."""
 
-    def here(self, other: Origins) -> Mapping[tuple[str, ...], tuple[str, ...]] | None:
+    def here(self, there: Origins) -> Mapping[tuple[str, ...], tuple[str, ...]] | None:
         """Return the mapping from modules of another graph to those of this one; None if it is ambiguous."""
-        if self.computes != other.computes or len(self.nodes) != len(other.nodes):
+        if self.computes != there.computes or len(self.nodes) != len(there.nodes):
             return None
         found: dict[tuple[str, ...], tuple[str, ...]] = {(): ()}
-        for (modules, ours), (other_modules, other_ours) in zip(self.nodes, other.nodes, strict=True):
+        for (modules, ours), (other_modules, other_ours) in zip(self.nodes, there.nodes, strict=True):
             if found.setdefault(other_modules, modules) != modules or ours != other_ours:
                 return None
         return found

@@ -292,13 +292,9 @@ def shares_hooks(module: nn.Module, other: nn.Module) -> bool:
 def remove_hooks(module: nn.Module, unwanted: Callable[[Any], bool]) -> None:
     """Remove the forward hooks and pre-hooks of a module that `unwanted` selects, without their handles."""
     names = ("_forward_pre_hooks", _HOOKS)
-    flag_names = (
-        "_forward_pre_hooks_with_kwargs",
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-    )
+    extra = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
     for hooks in (getattr(module, name, {}) for name in names):
         for key in [key for key, hook in hooks.items() if unwanted(hook)]:
             del hooks[key]
-            for name in flag_names:
+            for name in extra:
                 getattr(module, name, {}).pop(key, None)

@@ -17,7 +17,7 @@ from moe_trace.record.calls.pending import PendingCalls, versions_of
 from moe_trace.record.forward.isolation import apart
 from moe_trace.record.reduce.streams import copies_on_host
 
-_LEARNED_FROM = 4  # calls; a router that rotates over more buffers than that is not detected
+_LEARNING_CALLS = 4  # calls; a router that rotates over more buffers than that is not detected
 
 
 class TensorCopies:
@@ -32,11 +32,11 @@ class TensorCopies:
         self._calls = 0
         self._earlier: dict[int, Tensor] = {}
         """Tensors of earlier calls, by address of their storage."""
-        self._of_call: dict[int, Tensor] = {}
-        self._noted: list[tuple[Tensor, int]] = []
+        self._current: dict[int, Tensor] = {}
+        self._versioned: list[tuple[Tensor, int]] = []
         self._copied: list[tuple[Tensor, Tensor]] = []
         """Inference-mode tensors, which have no version, with their copies."""
-        self._differ: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._differences: list[tuple[Tensor, torch.cuda.Event | None]] = []
         """(whether a tensor differed from its copy when a forward ended, event that makes it available)."""
         self._received: dict[int, list[tuple[Tensor, Tensor]]] = {}
         """Per thread, the tensors passed to its running experts, with their copies."""
@@ -49,15 +49,15 @@ class TensorCopies:
     @property
     def settled(self) -> bool:
         """Whether copying can stop."""
-        return self._calls > _LEARNED_FROM and not (
-            self.static or self._noted or self._copied or self._differ
+        return self._calls > _LEARNING_CALLS and not (
+            self.static or self._versioned or self._copied or self._differences
         )
 
     def router_output(self, output: Any) -> Any:
         """Return a copy of a router's output, which starts a new call."""
         self._calls += 1
-        self._earlier |= self._of_call
-        self._of_call = {}
+        self._earlier |= self._current
+        self._current = {}
         return self.copy(output)
 
     def receive(self, args: Any, kwargs: dict[str, Any]) -> None:
@@ -94,32 +94,32 @@ class TensorCopies:
         original = value.detach()
         copied = original.clone()
         if not self.static:
-            self._look_at(original, copied)
+            self._track(original, copied)
         copied.copy_of = original  # type: ignore[attr-defined]
         return copied
 
-    def _look_at(self, tensor: Tensor, copied: Tensor) -> None:
+    def _track(self, tensor: Tensor, copied: Tensor) -> None:
         address = tensor.untyped_storage().data_ptr()
         if address == 0:
             return
         if address in self._earlier:
             self.static = True
-        self._of_call[address] = tensor
+        self._current[address] = tensor
         if not tensor.is_inference():
-            self._noted.append((tensor, tensor._version))
-        elif self._calls <= _LEARNED_FROM:
+            self._versioned.append((tensor, tensor._version))
+        elif self._calls <= _LEARNING_CALLS:
             self._copied.append((tensor, copied))
 
     def end_forward(self) -> None:
         """Check whether any returned tensor has been written to since."""
-        noted, self._noted = self._noted, []
-        self.static |= any(tensor._version != version for tensor, version in noted)
+        versioned, self._versioned = self._versioned, []
+        self.static |= any(tensor._version != version for tensor, version in versioned)
         self._compare()
-        known = [one for one in self._differ if one[1] is None or one[1].query()]
-        self.static |= any(bool(differs) for differs, _ in known)
-        self._differ = [one for one in self._differ if not any(one is other for other in known)]
-        if self.static or self._calls > _LEARNED_FROM:
-            self._earlier, self._of_call = {}, {}
+        ready = [pair for pair in self._differences if pair[1] is None or pair[1].query()]
+        self.static |= any(bool(differs) for differs, _ in ready)
+        self._differences = [pair for pair in self._differences if not any(pair is other for other in ready)]
+        if self.static or self._calls > _LEARNING_CALLS:
+            self._earlier, self._current = {}, {}
 
     def _compare(self) -> None:
         """Compare tensors without versions with their copies, without waiting for the device."""
@@ -127,11 +127,11 @@ class TensorCopies:
         for device in {copy.device for _, copy in copied}:
             try:
                 differ = [_differs(now, copy) for now, copy in copied if copy.device == device]
-                (answer,), known = copies_on_host([torch.stack(differ).any()])
+                (differs,), event = copies_on_host([torch.stack(differ).any()])
             except Exception:  # values that cannot be compared, so nothing is known
                 self.static = True
             else:
-                self._differ.append((answer, known))
+                self._differences.append((differs, event))
 
 
 def _differs(now: Tensor, then: Tensor) -> Tensor:
@@ -160,8 +160,8 @@ def written_over(groups: Sequence[PendingCalls]) -> list[set[int]]:
     found = [
         {
             number
-            for number, (now, then) in enumerate(zip(versions_of(group.columns), group.versions, strict=True))
-            if now != then
+            for number, (new, old) in enumerate(zip(versions_of(group.columns), group.versions, strict=True))
+            if new != old
         }
         for group in groups
     ]

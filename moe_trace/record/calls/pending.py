@@ -67,9 +67,9 @@ class PendingCalls:
         """Return the group without some calls, split into groups of one form each."""
         store = PendingStore()
         rows = zip_longest(self.records, self.index, self.weights, self.logits, self.masks)
-        for number, (record, index, weights, one, mask) in enumerate(rows):
+        for number, (record, index, weights, logits, mask) in enumerate(rows):
             if number not in calls:
-                store.add(record, RouterOutput(index, weights, one), mask, self.stream)
+                store.add(record, RouterOutput(index, weights, logits), mask, self.stream)
         return iter(store.take())
 
 
@@ -187,13 +187,13 @@ class PendingStore:
             return group
         self.device_type = tensors[0].device.type
         widest = max(1, tensors[-1].numel(), experts)  # results are `experts` wide
-        room = max(1, _REDUCED_ELEMENTS_MAX.get(self.device_type, 2**24) // widest)
-        if room < calls:
+        capacity = max(1, _REDUCED_ELEMENTS_MAX.get(self.device_type, 2**24) // widest)
+        if capacity < calls:
             return None
         if group is not None:
             self._full.append(group)
-        held = sum(tensor.nbytes for tensor in tensors)
-        group = self._open[form] = PendingCalls(stream, tensors[0].shape, room, held)
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        group = self._open[form] = PendingCalls(stream, tensors[0].shape, capacity, nbytes)
         return group
 
 

@@ -126,19 +126,19 @@ class Recorder:
         if not self._pending.calls:
             return
         with self._lock, torch.no_grad():
-            ours = (
+            overhead = (
                 torch.profiler.record_function(OVERHEAD_RANGE) if profiler_is_recording() else nullcontext()
             )
-            with ours:
-                for group in self._unharmed(self._pending.take()):
+            with overhead:
+                for group in self._intact(self._pending.take()):
                     self._reduce_or_count(group)
 
-    def _unharmed(self, groups: list[PendingCalls]) -> Iterator[PendingCalls]:
+    def _intact(self, groups: list[PendingCalls]) -> Iterator[PendingCalls]:
         """Return groups of one form each, less overwritten calls, which are counted."""
-        gone: list[set[int]] = [set()] * len(groups)
+        overwritten: list[set[int]] = [set()] * len(groups)
         if self.on_rewritten is not None:
-            gone = written_over(groups)
-        for group, calls in zip(groups, gone, strict=True):
+            overwritten = written_over(groups)
+        for group, calls in zip(groups, overwritten, strict=True):
             if calls:
                 names = [record.site.name for i, record in enumerate(group.records) if i in calls]
                 self._lost["rewritten"].update(names)
@@ -191,12 +191,12 @@ class Recorder:
         while self._kept > self.capacity or (self._bytes > self.capacity_bytes and self._on_host):
             oldest = self._on_host[0] if self._on_host else self._on_device[0]
             calls = len(oldest.records)
-            over = self._kept - self.capacity
-            if over <= 0:  # by bytes: as many calls as hold the excess
-                over = -(-(self._bytes - self.capacity_bytes) * calls // max(1, oldest.nbytes))
-            dropped = min(max(1, over), calls)
-            gone = (one for one in islice(oldest.records, dropped) if not self.refusals.counted(one))
-            names = (record.site.name for record in gone)
+            excess = self._kept - self.capacity
+            if excess <= 0:  # by bytes: as many calls as hold the excess
+                excess = -(-(self._bytes - self.capacity_bytes) * calls // max(1, oldest.nbytes))
+            dropped = min(max(1, excess), calls)
+            lost = (record for record in islice(oldest.records, dropped) if not self.refusals.counted(record))
+            names = (record.site.name for record in lost)
             self._lost["overwritten"].update(names)
             before = oldest.nbytes
             oldest.drop(dropped)
@@ -216,13 +216,13 @@ class Recorder:
                 before = batch.nbytes
                 batch.to_numpy()
                 self._bytes += batch.nbytes - before
-        alike: dict[Any, list[Batch]] = defaultdict(list)
+        groups: dict[Any, list[Batch]] = defaultdict(list)
         for batch in self._on_device:
-            alike[batch.ints.device, batch.ints.shape[1], batch.stream].append(batch)
-        for (device, _, stream), batches in alike.items():
+            groups[batch.ints.device, batch.ints.shape[1], batch.stream].append(batch)
+        for (device, _, stream), batches in groups.items():
             with torch.cuda.device(device), on_stream(batches[0].ints, stream), torch.no_grad():
-                wide = [torch.cat([b.ints for b in batches]), torch.cat([b.floats for b in batches])]
-                (ints, floats), copied = copies_on_host(wide)
+                combined = [torch.cat([b.ints for b in batches]), torch.cat([b.floats for b in batches])]
+                (ints, floats), copied = copies_on_host(combined)
             start = 0
             for batch in batches:
                 rows = slice(start, start := start + len(batch.records))

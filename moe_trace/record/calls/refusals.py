@@ -41,9 +41,9 @@ class CallNumbers:
         """Return, by router, how many calls are present in both, without zeros."""
         counts = {
             router: sum(
-                max(0, min(one.stop, two.stop) - max(one.start, two.start))
-                for one in runs
-                for two in other.runs.get(router, ())
+                max(0, min(run.stop, other_run.stop) - max(run.start, other_run.start))
+                for run in runs
+                for other_run in other.runs.get(router, ())
             )
             for router, runs in self.runs.items()
         }
@@ -96,12 +96,12 @@ class Refusals:
             calls[record.site.name] += 1
 
     def _compare(self, record: CallRecord, sample: RoutingSample) -> None:
-        told, record.told_E = record.told_E, None
-        assert told is not None
-        found = disagreement(told.cpu().numpy(), sample.assignments, sample.skipped)
-        if found is not None and record.site.name not in self._compared:
+        reported_E, record.told_E = record.told_E, None
+        assert reported_E is not None
+        difference = disagreement(reported_E.cpu().numpy(), sample.assignments, sample.skipped)
+        if difference is not None and record.site.name not in self._compared:
             self._compared.add(record.site.name)
             warn_user(
-                f"{record.site.name} returned {found}: summed over processes, or of another step. What is "
+                f"{record.site.name} returned {difference}: summed over processes, or of another step. What is "
                 "recorded are the ids"
             )

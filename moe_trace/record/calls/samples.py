@@ -72,14 +72,14 @@ class Batch:
 def _sample(
     batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarray
 ) -> RoutingSample | AdapterMismatch:
-    sample = _as_decided(batch, record, ints, sums)
+    sample = _decided_sample(batch, record, ints, sums)
     try:
-        return sample if record.rows is None else _held_against(record.rows, sample, record.site.info)
+        return sample if record.rows is None else _with_settled_counts(record.rows, sample, record.site.info)
     except AdapterMismatch as mismatch:
         return mismatch
 
 
-def _held_against(rows: ExpertRows, sample: RoutingSample, info: RouterInfo) -> RoutingSample:
+def _with_settled_counts(rows: ExpertRows, sample: RoutingSample, info: RouterInfo) -> RoutingSample:
     computed = sum(rows.rows_E)
     sample = replace(sample, computed_slots=computed, expert_flops=info.expert_flops_per_slot * computed)
     counts_E = settled_counts(rows, sample.assignments, sample.tokens)
@@ -97,7 +97,7 @@ def _held_against(rows: ExpertRows, sample: RoutingSample, info: RouterInfo) -> 
     )
 
 
-def _as_decided(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarray) -> RoutingSample:
+def _decided_sample(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.ndarray) -> RoutingSample:
     experts, k = batch.num_experts, batch.top_k
     assignments = ints[:experts]
     zero_weight, out_of_range = int(ints[experts]), int(ints[experts + 1])
@@ -140,14 +140,14 @@ def _as_decided(batch: Batch, record: CallRecord, ints: np.ndarray, sums: np.nda
 
 def _reported(batch: Batch, record: CallRecord, ints: np.ndarray) -> dict[str, Any]:
     """Return what a host framework reports of the tokens, and the metrics that follow from it."""
-    told = record.batch
-    if told is None or not batch.in_phases or len(told) != batch.tokens:
+    tokens = record.batch
+    if tokens is None or not batch.in_phases or len(tokens) != batch.tokens:
         return {}
-    start, (requests, in_prefill) = batch.num_experts + batch.top_k + 5, told.counted_requests()
+    start, (requests, in_prefill) = batch.num_experts + batch.top_k + 5, tokens.counted_requests()
     by_phase = ints[start : start + 2 * batch.num_experts]
     return {
-        "prefill_tokens": told.prefill_tokens,
-        "decode_tokens": told.decode_tokens,
+        "prefill_tokens": tokens.prefill_tokens,
+        "decode_tokens": tokens.decode_tokens,
         "prefill_assignments": by_phase[: batch.num_experts],
         "decode_assignments": by_phase[batch.num_experts :],
         "requests": requests,

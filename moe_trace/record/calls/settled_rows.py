@@ -24,14 +24,14 @@ def settled_counts(rows: ExpertRows, decided_E: np.ndarray, tokens: int) -> np.n
     rows_E = np.asarray(rows.rows_E)
     if np.array_equal(rows_E, decided_E):
         return decided_E
-    alike = bool((rows_E == rows_E[0]).all())
+    uniform = bool((rows_E == rows_E[0]).all())
     if not rows.by_logits:
-        moved = rows_E.sum() == decided_E.sum() and not alike
+        moved = rows_E.sum() == decided_E.sum() and not uniform
         # Fewer rows: dropped by a capacity. More: padding, or experts whose results are masked afterwards.
         # No rows: the expert was not called as a module, but computed elsewhere.
         return rows_E if moved else np.where(rows_E > 0, np.minimum(rows_E, decided_E), decided_E)
-    every = tokens > 1 and bool((rows_E[rows_E > 0] == tokens).all())
-    if alike or (every and not rows.whole):
+    all_tokens = tokens > 1 and bool((rows_E[rows_E > 0] == tokens).all())
+    if uniform or (all_tokens and not rows.whole):
         raise AdapterMismatch(
             f"expected experts to receive the tokens that the gate chose, found {rows_E.tolist()} rows of "
             f"{tokens} tokens where the top-k of its logits is {decided_E.tolist()}: padded to a capacity, "
@@ -56,10 +56,10 @@ def disagreement(told_E: np.ndarray, counts_E: np.ndarray, skipped: int) -> str 
     Counts taken before tokens are dropped (DeepSpeed's `exp_counts`) agree if they exceed the decision by the
     skipped slots.
     """
-    told = np.rint(told_E).astype(np.int64)
-    if not np.array_equal(told, told_E):  # a share or a bias
+    reported = np.rint(told_E).astype(np.int64)
+    if not np.array_equal(reported, told_E):  # a share or a bias
         return None
-    before_drops = bool((told >= counts_E).all()) and int(told.sum()) == int(counts_E.sum()) + skipped
-    if before_drops or np.array_equal(told, counts_E):
+    before_drops = bool((reported >= counts_E).all()) and int(reported.sum()) == int(counts_E.sum()) + skipped
+    if before_drops or np.array_equal(reported, counts_E):
         return None
-    return f"{told.tolist()} tokens per expert where its ids give {counts_E.tolist()}"
+    return f"{reported.tolist()} tokens per expert where its ids give {counts_E.tolist()}"

@@ -54,8 +54,8 @@ def _zeros(rows: int, width: int) -> np.ndarray:
 
 def smallest(ints_LX: np.ndarray) -> np.ndarray | SparseRows:
     """Return the counts in the narrowest integers that hold them, or without zeros if that is smaller."""
-    least, most = (int(ints_LX.min()), int(ints_LX.max())) if ints_LX.size else (0, 0)
-    dtype = np.promote_types(np.min_scalar_type(least), np.min_scalar_type(most))
+    lowest, highest = (int(ints_LX.min()), int(ints_LX.max())) if ints_LX.size else (0, 0)
+    dtype = np.promote_types(np.min_scalar_type(lowest), np.min_scalar_type(highest))
     filled = int(np.count_nonzero(ints_LX))
     if filled * (dtype.itemsize + 4) + 8 * len(ints_LX) >= ints_LX.size * dtype.itemsize:
         return ints_LX.astype(dtype)

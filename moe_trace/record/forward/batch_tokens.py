@@ -133,10 +133,10 @@ class TokenSource:
         Args:
             wanted: whether the forward is recorded; if not, the provider is not called.
         """
-        told, self.next = self.next, None
-        if told is None and wanted and self.provider is not None:
+        tokens, self.next = self.next, None
+        if tokens is None and wanted and self.provider is not None:
             try:
-                told = self.provider()
+                tokens = self.provider()
             except Exception as error:
                 if not self._failed:
                     warn_user(
@@ -144,4 +144,4 @@ class TokenSource:
                         "stages and requests are unknown"
                     )
                 self._failed = True
-        return told
+        return tokens

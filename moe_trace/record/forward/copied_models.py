@@ -16,10 +16,10 @@ class InertHooks:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _nothing
+        return _no_op
 
 
-def _nothing(*_: Any, **__: Any) -> None: ...
+def _no_op(*_: Any, **__: Any) -> None: ...
 
 
 class HookOwner:

@@ -108,7 +108,7 @@ class OpenRanges:
                 leave_range(entry)
 
     def __len__(self) -> int:
-        return sum(one is not None for own in self.opened.values() for one in own)
+        return sum(entry is not None for own in self.opened.values() for entry in own)
 
 
 # Two tracers on one model would open every range twice, so only the first one opens them.

@@ -50,9 +50,9 @@ class Steps:
 
     def end(self) -> None:
         """End a step by hand; all forwards before the first such call form one step."""
-        twice = not self._by_user and self._ended_at == self.forwards
+        already_ended = not self._by_user and self._ended_at == self.forwards
         self._by_user = True
-        if not twice:
+        if not already_ended:
             self._end()
 
     def _end(self) -> None:

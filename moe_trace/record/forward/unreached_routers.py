@@ -37,9 +37,9 @@ class MissingSites:
             self._usual = parts[0] if len(parts) == 1 else None
             return
         self._usual = None
-        gone = self._expected - reached
+        missing = self._expected - reached
         towers = {self._towers[index] for index in reached}
-        for index in gone:
+        for index in missing:
             if not reached or self._towers[index] in towers or not self._is_in_place(index):
                 self.forwards[self._sites[index].name] += 1
         self._expected |= reached

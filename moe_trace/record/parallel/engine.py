@@ -36,12 +36,12 @@ def engine_layout(model: nn.Module) -> EngineLayout | None:
         return None
     layer, config = found
     tensor = tuple(groups.get_tp_group().ranks)
-    everyone = tuple(groups.get_ep_group().ranks)  # data, prefill context and tensor parallel ranks together
+    ep_ranks = tuple(groups.get_ep_group().ranks)  # data, prefill context and tensor parallel ranks together
     gathered = _is_gathered(layer, config)
     split_tokens = config.sp_size > 1 and not gathered
-    own = (groups.get_world_group().rank,)
-    apart = config.dp_size * config.pcp_size * config.sp_size > 1
-    exchange: ExpertExchange = "all_to_all" if apart and not gathered else "all_reduce"
+    this_rank = (groups.get_world_group().rank,)
+    tokens_differ = config.dp_size * config.pcp_size * config.sp_size > 1
+    exchange: ExpertExchange = "all_to_all" if tokens_differ and not gathered else "all_reduce"
     sizes = {"dp": config.dp_size, "tp": len(tensor), "pp": len(groups.get_pp_group().ranks)}
     if config.use_ep:
         sizes["ep"] = config.ep_size
@@ -49,8 +49,8 @@ def engine_layout(model: nn.Module) -> EngineLayout | None:
         sizes["etp"] = config.tp_size
     return EngineLayout(
         sizes=sizes,
-        token_ranks=everyone if gathered else own if split_tokens else tensor,
-        expert_ranks=everyone if config.use_ep else (),
+        token_ranks=ep_ranks if gathered else this_rank if split_tokens else tensor,
+        expert_ranks=ep_ranks if config.use_ep else (),
         exchange=exchange if config.use_ep else None,
     )
 

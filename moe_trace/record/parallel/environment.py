@@ -37,8 +37,8 @@ def describe_model(model: nn.Module, sites: Sequence[RouterSite]) -> dict[str, A
     }
 
 
-_LONGEST = 200
-_NOT_OF_THE_MODEL = frozenset(
+_VALUE_LENGTH_MAX = 200
+_EXCLUDED_KEYS = frozenset(
     ["transformers_version", "_name_or_path", "name_or_path", "architectures", "dtype"]
 )
 
@@ -59,7 +59,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
     for key, value in values.items():
         if isinstance(value, dict) and not prefix:
             yield from _flat(value, f"{key}.")
-        elif key in _NOT_OF_THE_MODEL or len(str(value)) > _LONGEST:
+        elif key in _EXCLUDED_KEYS or len(str(value)) > _VALUE_LENGTH_MAX:
             continue
         elif value is None or isinstance(value, str | int | bool):
             yield f"{prefix}{key}", value
