@@ -201,13 +201,11 @@ class _Stacked:
         for slot in range(index_TK.shape[1]):
             ones = weights_TK.new_ones(len(index_TK), 1)
             try:
-                slot_output = experts.forward(hidden, index_TK[:, slot : slot + 1].contiguous(), ones).float()
+                single = experts.forward(hidden, index_TK[:, slot : slot + 1].contiguous(), ones).float()
             except (ValueError, IndexError, RuntimeError) as error:
                 raise ValueError(f"the experts cannot be called for one slot alone ({error})") from error
-            norms.append(slot_output.reshape(len(index_TK), -1).norm(dim=1))
-            total += (slot_output.reshape(len(index_TK), -1) * weights_TK[:, slot, None].float()).view_as(
-                total
-            )
+            norms.append(single.reshape(len(index_TK), -1).norm(dim=1))
+            total += (single.reshape(len(index_TK), -1) * weights_TK[:, slot, None].float()).view_as(total)
         if not _adds_up(total, output):
             raise ValueError(_NOT_THE_SUM)
         return RouterOutput(index_TK, weights_TK, None), torch.stack(norms, dim=1)

@@ -35,7 +35,7 @@ _BEGINNINGS = (
 _lock = threading.RLock()
 _listeners: list[weakref.WeakMethod[Listener]] = []
 _originals: list[tuple[type, str, Any, Any]] = []
-_reported: list[weakref.ref[Any]] = []
+_latest: list[weakref.ref[Any]] = []
 """The profiler reported last: a process has one session at a time."""
 
 
@@ -66,7 +66,7 @@ def _forget(reference: weakref.WeakMethod[Listener]) -> None:
             if owner.__dict__.get(name) is wrapped:  # otherwise it was wrapped again, and calls the original
                 setattr(owner, name, original)
         _originals.clear()
-        _reported.clear()
+        _latest.clear()
 
 
 def _wrap(owner: type, name: str) -> tuple[type, str, Any, Any]:
@@ -87,7 +87,7 @@ def _wrap(owner: type, name: str) -> tuple[type, str, Any, Any]:
 
 def _notify(prof: Any, listeners: list[Listener] | None = None) -> None:
     if listeners is None:
-        _reported[:] = [weakref.ref(prof)]
+        _latest[:] = [weakref.ref(prof)]
         listeners = [method for method in (reference() for reference in _listeners) if method is not None]
     for listener in listeners:
         try:
@@ -100,15 +100,13 @@ def _recording() -> list[Any]:
     """Return the profiler of the current session, as a list that is empty without one."""
     if not process_is_profiled():
         return []
-    known = [prof for prof in (reference() for reference in _reported) if prof is not None and _records(prof)]
+    known = [prof for prof in (reference() for reference in _latest) if prof is not None and _records(prof)]
     if known:
         return known
     kinds = (_low_level, _autograd)
     found = [obj for obj in gc.get_objects() if issubclass(type(obj), kinds) and _records(obj)]
-    _reported[:] = [weakref.ref(obj) for obj in found if isinstance(obj, _low_level)] or map(
-        weakref.ref, found
-    )
-    return [prof for prof in (reference() for reference in _reported) if prof is not None]
+    _latest[:] = [weakref.ref(obj) for obj in found if isinstance(obj, _low_level)] or map(weakref.ref, found)
+    return [prof for prof in (reference() for reference in _latest) if prof is not None]
 
 
 def _records(prof: Any) -> bool:

@@ -98,10 +98,10 @@ class Refusals:
     def _compare(self, record: CallRecord, sample: RoutingSample) -> None:
         reported_E, record.told_E = record.told_E, None
         assert reported_E is not None
-        difference = disagreement(reported_E.cpu().numpy(), sample.assignments, sample.skipped)
-        if difference is not None and record.site.name not in self._compared:
+        mismatch = disagreement(reported_E.cpu().numpy(), sample.assignments, sample.skipped)
+        if mismatch is not None and record.site.name not in self._compared:
             self._compared.add(record.site.name)
             warn_user(
-                f"{record.site.name} returned {difference}: summed over processes, or of another step. What is "
+                f"{record.site.name} returned {mismatch}: summed over processes, or of another step. What is "
                 "recorded are the ids"
             )

@@ -107,7 +107,7 @@ class CaptureNotes:
             state = cuda_driver.capture_state(torch.cuda.current_stream().cuda_stream)
         except DriverError as error:
             unknown = self._captures.setdefault(_UNKNOWN, _Capture())
-            unknown.problem = _cannot_tell(error)
+            unknown.problem = _driver_problem(error)
             return unknown
         if len(self._captures) >= _CAPTURES_MAX and state.id not in self._captures:
             del self._captures[next(iter(self._captures))]
@@ -115,7 +115,7 @@ class CaptureNotes:
         try:
             capture.read(state)
         except DriverError as error:
-            capture.problem = _cannot_tell(error)
+            capture.problem = _driver_problem(error)
         return capture
 
     def graphs(self) -> tuple[CapturedGraph, ...]:
@@ -132,7 +132,7 @@ class CaptureNotes:
         return {label: tuple(nodes) for label, nodes in found.items()}
 
 
-def _cannot_tell(error: DriverError) -> str:
+def _driver_problem(error: DriverError) -> str:
     return f"CUDA's driver does not tell the nodes of a capture: {error}"
 
 

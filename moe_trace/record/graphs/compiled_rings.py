@@ -30,7 +30,7 @@ from moe_trace.record.graphs.ring_buffer import (
     ring_kind,
 )
 
-_ALIKE = ("num_experts", "top_k", "num_slots")
+_SHAPE_FIELDS = ("num_experts", "top_k", "num_slots")
 Kind = RingKind | Room
 
 
@@ -189,8 +189,8 @@ class ModelRings:
         self.prepare()
         for counter in self.counters:
             counter.start_in_graph()
-        together = forward is self.in_graph and not torch.is_grad_enabled()
-        forward.start(stage_code, level, together=together)
+        deferred = forward is self.in_graph and not torch.is_grad_enabled()
+        forward.start(stage_code, level, together=deferred)
 
     def end_in_graph(self, level: int) -> None:
         """Handle the return of an entry module, inside a graph or after a graph break."""
@@ -203,10 +203,10 @@ class ModelRings:
 
     def take_over(self, other: ModelRings, *, forwards: int | None = None) -> None:
         """Take over an earlier tracer's rings; clear them and continue counting from `forwards`, if given."""
-        theirs = {(id(r.router), r.name): rings for r, rings in zip(other._routers, other.sites, strict=True)}
-        for router, mine in zip(self._routers, self.sites, strict=True):
-            if (rings := theirs.get((id(router.router), router.name))) is not None:
-                mine.take_over(rings)
+        by_key = {(id(r.router), r.name): rings for r, rings in zip(other._routers, other.sites, strict=True)}
+        for router, site_rings in zip(self._routers, self.sites, strict=True):
+            if (rings := by_key.get((id(router.router), router.name))) is not None:
+                site_rings.take_over(rings)
         self.tells |= other.tells
         self.counters += other.counters
         other.counters.clear()
@@ -215,7 +215,7 @@ class ModelRings:
         for counter in self.counters:
             with outside_graphs(counter.device):
                 counter.restart(forwards=forwards, epoch=self._forwards.epoch)
-                for ring in (one for site in self.sites for one in site.made().values()):
+                for ring in (ring for site in self.sites for ring in site.made().values()):
                     if ring.counter is counter:
                         ring.data.zero_()
         self._counting(forwards)
@@ -258,8 +258,8 @@ class ModelRings:
         make: Any = IdsRing if kind in ROOMS else GraphRing
         for other, router in zip(self.sites, self._routers, strict=True):
             # Allocate for all routers alike at once: a layer whose ring appeared later could not share code.
-            alike = all(getattr(router.info, key) == getattr(wanted, key) for key in _ALIKE)
-            if alike and getattr(other, kind) is None:
+            same_shape = all(getattr(router.info, key) == getattr(wanted, key) for key in _SHAPE_FIELDS)
+            if same_shape and getattr(other, kind) is None:
                 counter = self._counter(device_of(router.router))
                 sizes: dict[str, Any] = {"num_experts": site.num_experts or classes, "top_k": top_k}
                 sizes |= {"sites": len(self.sites), "counter": counter}

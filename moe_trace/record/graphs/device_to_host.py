@@ -66,11 +66,11 @@ class Shipment:
         for position, index in enumerate(self.sites):
             part = headers[position * slots : (position + 1) * slots]
             last = drained[index]
-            ahead = (part[:, 0].astype(np.int64) - last) % EXACT
-            new = np.flatnonzero((part[:, 3] > 0) & (ahead > 0) & (ahead < EXACT // 2))
-            self._newest[index] = last + int(ahead[new].max(initial=0))
-            for row in new[np.argsort(ahead[new], kind="stable")]:
-                yield index, position * slots + int(row), last + int(ahead[row])
+            offset = (part[:, 0].astype(np.int64) - last) % EXACT
+            new = np.flatnonzero((part[:, 3] > 0) & (offset > 0) & (offset < EXACT // 2))
+            self._newest[index] = last + int(offset[new].max(initial=0))
+            for row in new[np.argsort(offset[new], kind="stable")]:
+                yield index, position * slots + int(row), last + int(offset[row])
 
     def batch(self, row: int, record: CallRecord, tokens: int) -> Batch:
         """Return the reduced values of one call."""

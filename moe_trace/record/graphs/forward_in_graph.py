@@ -74,8 +74,8 @@ class CapturedForwards:
 
     def begins(self, level: int) -> bool:
         """Return whether a module of that level begins a forward on the calling thread; if so, begin it."""
-        around = self._by_thread.get(get_ident())
-        if around is not None and around.level < level:
+        running = self._by_thread.get(get_ident())
+        if running is not None and running.level < level:
             return False
         self._by_thread[get_ident()] = ForwardInGraph()
         return True

@@ -23,7 +23,7 @@ from moe_trace.record.graphs.ring_buffer import EXACT
 from moe_trace.record.reduce.streams import copies_on_host
 
 REMEMBERED = 100_000  # forwards and marks whose step is remembered until they are drained
-_TOLD_MAX = 1024  # forwards between two marks whose batches are kept
+_BATCHES_MAX = 1024  # forwards between two marks whose batches are kept
 _MARKS_IN_TRACES = 10_000  # more than the steps that fit into a trace
 
 
@@ -75,7 +75,7 @@ class GraphForwards:
         """Description of the tokens of the latest forward, or of the one about to begin."""
         self.counted_after = 0
         """Number of the last forward before those that the device counts."""
-        self._told: deque[BatchTokens] = deque(maxlen=_TOLD_MAX)
+        self._batches: deque[BatchTokens] = deque(maxlen=_BATCHES_MAX)
         """Batches of the forwards since the last mark that the host did not see."""
         self._samples_step = samples_step
         self._latest: ForwardContext | None = None
@@ -90,14 +90,14 @@ class GraphForwards:
         """Record that the host sees a forward begin, and return its epoch."""
         self.epoch += 1
         self._latest, self.batch = forward, forward.batch
-        if self._told and self._told[-1] is forward.batch:
-            self._told.pop()
+        if self._batches and self._batches[-1] is forward.batch:
+            self._batches.pop()
         return self.epoch
 
     def describe(self, batch: BatchTokens) -> None:
         """Record the tokens of the next forward, as described by a host framework."""
         self.batch = batch
-        self._told.append(batch)
+        self._batches.append(batch)
 
     def remember(self) -> bool:
         """Keep the context of the latest forward, in which graphs write; return False if there is none."""
@@ -117,8 +117,8 @@ class GraphForwards:
         Returns:
             The count at the last mark whose copy is complete; 0 if there is none.
         """
-        segment.batches = tuple(self._told)
-        self._told.clear()
+        segment.batches = tuple(self._batches)
+        self._batches.clear()
         start_ns = time.time_ns()
         copies, copied = copies_on_host([count])
         data = GraphMark(

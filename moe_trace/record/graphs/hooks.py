@@ -34,7 +34,7 @@ class TracedSite:
         was reached first."""
         self.call: Call | None = None
         """The call in progress; reset before the graph ends, which would have to return it otherwise."""
-        self._wrote = False
+        self._written = False
         self._shared = site.shares_router
         self._listens = not self._shared
         """Whether calls of the router belong to this site."""
@@ -44,7 +44,7 @@ class TracedSite:
         if self._shared:
             self._listens = True
         if self._fused_block:
-            self._wrote = False
+            self._written = False
 
     def before_router(self, args: Any) -> None:
         """Begin a call."""
@@ -76,7 +76,7 @@ class TracedSite:
             self._listens = False
         if self.call is not None:
             self._write()
-        elif self._fused_block and not self._wrote and output is not None:
+        elif self._fused_block and not self._written and output is not None:
             self._put(self._site.read_block, args, output)
 
     def take(self) -> Call | None:
@@ -87,7 +87,7 @@ class TracedSite:
     def _write(self) -> None:
         call, self.call = self.call, None
         if self._fused_block:
-            self._wrote = True
+            self._written = True
         self._put(self._read, call)
 
     def _put(self, read: Any, *given: Any) -> None:

@@ -57,8 +57,8 @@ class IdsRing:
     def put(self, body: Tensor, tokens: int, code: int | None) -> None:
         """Write the ids of a call into the slot of the forward in progress; see `GraphRing.put`."""
         slot = self.counter.forwards % self.slots
-        where = slot * self.width + torch.arange(body.shape[0], device=body.device)
-        self.data.index_put_((where,), body)
+        positions = slot * self.width + torch.arange(body.shape[0], device=body.device)
+        self.data.index_put_((positions,), body)
 
 
 class ShippedIds:

@@ -43,7 +43,7 @@ class LaunchLists:
     def watch(self) -> None:
         """Start to observe compilations, since hooks are becoming part of a graph."""
         if not captures_now():
-            listen_to_compiles(self._told)
+            listen_to_compiles(self._on_compile)
 
     def know(self, graphs: Iterable[CompiledGraph]) -> None:
         """Add graphs that an earlier tracer of the model collected."""
@@ -51,13 +51,13 @@ class LaunchLists:
 
     def stop(self) -> None:
         """Stop observing compilations; the graphs are kept."""
-        stop_listening(self._told)
+        stop_listening(self._on_compile)
 
     def graphs(self) -> tuple[CompiledGraph, ...]:
         """Return the graphs that contain a router or experts, in the order of their compilation."""
         return tuple(self._found)
 
-    def _told(self, notes: LaunchNotes) -> None:
+    def _on_compile(self, notes: LaunchNotes) -> None:
         graph = describe(notes, self._places)
         if _is_untraced(notes, graph):
             return
@@ -141,9 +141,9 @@ def _own_nodes(
     computed = [name for name in launch.nodes if name in known and name not in libraries]
     working = [name for name in computed if _operator(known[name].target) not in _FREE]
     for candidates in ([name for name in working if listed[name] == 1], working, computed):
-        told = [name for name in candidates if known[name].modules]
-        if told:
-            return told
+        in_modules = [name for name in candidates if known[name].modules]
+        if in_modules:
+            return in_modules
     return []
 
 

@@ -46,7 +46,7 @@ def outside_graphs(device: torch.device) -> Iterator[None]:
         if not is_capturing(device):
             yield
             return
-        with relaxed_capture_mode(), torch.cuda.stream(_stream_beside(device)):
+        with relaxed_capture_mode(), torch.cuda.stream(_side_stream(device)):
             yield
             # The graph may be replayed on any stream. Only a capture waits here, never a replay.
             torch.cuda.current_stream(device).synchronize()
@@ -61,7 +61,7 @@ def keep_for_graphs(tensors: list[Tensor]) -> None:
     _written.update((tensor.data_ptr(), tensor) for tensor in tensors)
 
 
-def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """Return a stream that takes no part in a capture."""
     for _ in range(_STREAMS_OF_TORCH + 1):
         stream = torch.cuda.Stream(device)

@@ -158,11 +158,11 @@ class GraphRing:
         counter: ForwardCounter,
         num_slots: int = 0,
     ) -> None:
-        one = RingShape(
+        shape = RingShape(
             num_experts, top_k, classes, kind, 1, counter.device, counter.phases is not None, num_slots
         )
-        slots = max(1, min(_SLOTS[kind], _BYTES // (4 * one.width * sites)))
-        self.shape = replace(one, slots=slots)
+        slots = max(1, min(_SLOTS[kind], _BYTES // (4 * shape.width * sites)))
+        self.shape = replace(shape, slots=slots)
         self.width, self.slots = self.shape.width, slots
         self.num_experts = num_experts
         self.counter = counter
@@ -176,7 +176,7 @@ class GraphRing:
         if not self.shape.num_slots:
             return body
         slots = reading.slots_2P
-        return _side_by_side(
+        return _concatenate(
             [body.new_full((self.shape.start - HEADER,), -1) if slots is None else slots.float(), body]
         )
 
@@ -188,7 +188,7 @@ class GraphRing:
         phases_T = self.counter.phases_of(reading.index_TK.shape[0])
         if phases_T is not None:
             parts.append(phases_T.unsqueeze(-1))
-        return _side_by_side([part.detach().float() for part in parts]).flatten()
+        return _concatenate([part.detach().float() for part in parts]).flatten()
 
     def _reduced(self, reading: RouterOutput) -> Tensor:
         logits, phases_T = reading.logits_TE, self.counter.phases_of(reading.index_TK.shape[0])
@@ -214,14 +214,14 @@ class GraphRing:
             epoch_and_code & 255 if code is None else torch.full_like(forwards, code),
             torch.full_like(forwards, tokens),
         ]
-        row = _side_by_side([*(number.float().view(1) for number in header), body])
+        row = _concatenate([*(number.float().view(1) for number in header), body])
         # Scatter into the flat buffer: for a view of it, functionalization would copy the whole ring.
         slot = self.counter.forwards % self.slots
-        where = slot * self.width + torch.arange(row.shape[0], device=row.device)
-        self.data.index_put_((where,), row)
+        positions = slot * self.width + torch.arange(row.shape[0], device=row.device)
+        self.data.index_put_((positions,), row)
 
 
-def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
     """`torch.cat(parts, dim=-1)`.
 
     While compiling, use a form that every compiler fuses into the kernel that reads it; whether `cat` is

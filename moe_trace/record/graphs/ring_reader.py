@@ -78,7 +78,7 @@ class RingReader:
         """Epoch of the forward in progress when the rings were last shipped."""
         self._drained = [0] * len(sites)
         """Number of the last forward whose row was drained, by router."""
-        self._written_over = 0
+        self._overwritten = 0
 
     @property
     def writes(self) -> bool:
@@ -88,7 +88,7 @@ class RingReader:
     @property
     def overwritten(self) -> int:
         """Number of calls that were lost."""
-        return self._written_over + self.forwards.forgotten
+        return self._overwritten + self.forwards.forgotten
 
     def marks(self) -> tuple[GraphMark, ...]:
         """Return the marks that were set while a profiler recorded. Waits for their copies."""
@@ -267,4 +267,4 @@ class RingReader:
         """Count rows overwritten before they were shipped; the rows of the host's forwards never are."""
         span = max(forwards) - last
         if span > slots:
-            self._written_over += max(0, span - len(forwards) - seen_by_host)
+            self._overwritten += max(0, span - len(forwards) - seen_by_host)

@@ -67,10 +67,10 @@ class EventChecks:
         if is_exporting():
             return  # builds a program, calls nothing
         with suppress(Exception):  # joining it will find and count what is wrong
-            event = self._looked_at(event)
+            event = self._prepare(event)
         self._log.items.extend(event)
 
-    def _looked_at(self, event: Sequence[Any]) -> Sequence[Any]:
+    def _prepare(self, event: Sequence[Any]) -> Sequence[Any]:
         self.has_looked = True
         (site, kind), thread = divmod(event[0], KINDS), event[1]
         if kind == BEGIN:
@@ -104,8 +104,8 @@ class EventChecks:
         """
         router = self._routers[site]
         was_known = router.on_cuda
-        for one in self._routers:
-            one.look_at_device()
+        for other in self._routers:
+            other.look_at_device()
         if was_known or not router.on_cuda:
             return False
         router.before_router(router.site.router, args or ())

@@ -64,7 +64,7 @@ class ForwardWatch:
         self.missing = MissingSites(self.model, sites)
         self._graph_range = range_name("graph", type(unwrapped(self.model)).__name__)
         self.ranges.slot(self._graph_range)
-        self._left_out = ForwardContext(0, "prefill", recorded=False)
+        self._skipped = ForwardContext(0, "prefill", recorded=False)
         self._token_bytes = sum(map(bytes_of_token, sites))
         self._busy, self._in_graph = self.forwards.stacks, self.graphs.rings.in_graph
         self._graphs_write = self.graphs.rings.counters
@@ -101,27 +101,27 @@ class ForwardWatch:
         """Begin a forward, on a call of an entry module or of a replica of it."""
         thread, levels, graphs_write = get_ident(), self.levels, self._graphs_write
         if captures_now() or replica or thread in self._busy:
-            self._begin_otherwise(entry, thread, args, kwargs, replica)
+            self._begin_irregular(entry, thread, args, kwargs, replica)
             return
         if self.ranges.opened:
             self.ranges.end(thread)
         if len(self.log.items) != self.log.waiting and self.calls.flush(None):  # outside any forward
             self.recorder.end_forward()
         if graph_task_id() != -1 and self.forwards.last is not None:
-            self._begin_again(self.forwards.last, entry, thread)
+            self._begin_rerun(self.forwards.last, entry, thread)
             return
         step, sampled = self.steps.begin()
         sampled = sampled and tracing_state() is None  # else torch.jit would trace it
-        told_of = self.source.take(wanted=sampled or bool(graphs_write)) if self.source.tells else None
-        tokens, context = None, self._left_out  # shared by all forwards that are skipped
+        batch = self.source.take(wanted=sampled or bool(graphs_write)) if self.source.tells else None
+        tokens, context = None, self._skipped  # shared by all forwards that are skipped
         if sampled or graphs_write:
-            stage, tokens, told = entry.inputs.look(args, kwargs)
+            stage, tokens, named = entry.inputs.look(args, kwargs)
             profiled = sampled and any_thread_is_profiled()
             if profiled and (graphs_write or levels.kept) and profiler_is_recording():
                 self._open_graph_range()
-            context = ForwardContext(step, stage, None, 0, sampled, True, profiled, told, time_ns(), thread)
-            if told_of is not None:
-                context.tell(told_of)
+            context = ForwardContext(step, stage, None, 0, sampled, True, profiled, named, time_ns(), thread)
+            if batch is not None:
+                context.tell(batch)
         context.epoch = self.graphs.forwards.begin(context)
         self._busy[thread], self.forwards.last = [Entered(entry.level, context)], context
         if graphs_write:
@@ -137,7 +137,7 @@ class ForwardWatch:
                 self._find_padding(context, entry, args, kwargs)
             self.send_events(tokens, context)
 
-    def _begin_otherwise(
+    def _begin_irregular(
         self, entry: ModelEntry, thread: int, args: Any, kwargs: dict[str, Any], replica: bool
     ) -> None:
         """Begin a forward while a stream is captured or another forward is running."""
@@ -153,23 +153,23 @@ class ForwardWatch:
             self.abandon()  # left by an interruption that no hook saw, such as Ctrl-C
             stack = None
         if not stack:
-            whole = self.forwards.of(thread) if replica else None
-            if whole is None:
+            parent = self.forwards.of(thread) if replica else None
+            if parent is None:
                 self.begin(entry, args, kwargs)
             else:  # DataParallel runs part of the batch on a separate thread
-                self.forwards.push(thread, entry.level, self._of_replica(entry, whole, args, kwargs))
+                self.forwards.push(thread, entry.level, self._replica_context(entry, parent, args, kwargs))
             return
-        around = stack[-1]
-        around.inside += 1
-        context, own_inputs = around.context, around.inside > 1 or entry.level <= around.level
+        outer = stack[-1]
+        outer.inside += 1
+        context, own_inputs = outer.context, outer.inside > 1 or entry.level <= outer.level
         if context.recorded and not context.recomputed and (own_inputs or not context.told):
-            context = self._begin_inside(entry, thread, context, args, kwargs)
+            context = self._begin_nested(entry, thread, context, args, kwargs)
         self.forwards.push(thread, entry.level, context)
 
-    def _begin_again(self, context: ForwardContext, entry: ModelEntry, thread: int) -> None:
+    def _begin_rerun(self, context: ForwardContext, entry: ModelEntry, thread: int) -> None:
         """Rerun a forward that was checkpointed as a whole, in the backward pass: it is not a new step."""
-        self.forwards.push(thread, entry.level, again := context.again())
-        self.levels.want(again, thread)
+        self.forwards.push(thread, entry.level, rerun := context.again())
+        self.levels.want(rerun, thread)
 
     def _open_graph_range(self) -> None:
         """Open a range around the forward, which locates compiled code and graph launches in a trace."""
@@ -177,7 +177,7 @@ class ForwardWatch:
             self.ranges.want(get_ident())
             self.ranges.open(self._graph_range, get_ident())
 
-    def _begin_inside(
+    def _begin_nested(
         self, entry: ModelEntry, thread: int, context: ForwardContext, args: Any, kwargs: dict[str, Any]
     ) -> ForwardContext:
         """Return the context for a module inside another one.
@@ -185,8 +185,8 @@ class ForwardWatch:
         The module has its own inputs if those of the outer one did not identify the stage, or if the outer
         one calls several modules, such as one per token in `generate`.
         """
-        stage, tokens, told = entry.inputs.look(args, kwargs)
-        if not told or context.batch is not None:
+        stage, tokens, named = entry.inputs.look(args, kwargs)
+        if not named or context.batch is not None:
             return context
         if context.told:
             self.calls.flush_passed()
@@ -199,7 +199,7 @@ class ForwardWatch:
         self.send_events(tokens, context)
         return context
 
-    def _of_replica(
+    def _replica_context(
         self, entry: ModelEntry, whole: ForwardContext, args: Any, kwargs: dict[str, Any]
     ) -> ForwardContext:
         context = whole.here()

@@ -235,8 +235,8 @@ class SiteObserver(HookOwner):
             self._adopt_traced()
         sending = None if self.sending is None else self.sending(args)
         args, given = self._trimmed(args, given)
-        more = None if sending is None and mark is None else (sending, mark)
-        self._log.note((self._experts, thread, args, given, more))
+        extras = None if sending is None and mark is None else (sending, mark)
+        self._log.note((self._experts, thread, args, given, extras))
 
     def before_block(self, module: nn.Module, args: Any) -> None:
         if is_dynamo_compiling():

@@ -50,9 +50,9 @@ class CallJoiner:
             [
                 site
                 for site, other in enumerate(experts)
-                if other is one and experts.count(one) > 1 and one is not None
+                if other is module and experts.count(module) > 1 and module is not None
             ]
-            for one in experts
+            for module in experts
         ]
         """Per site, all sites that call the same experts, itself included; empty if there are no others."""
         self._context_of = context_of
@@ -163,8 +163,8 @@ class CallJoiner:
             if len(blocks) == 1 and waiting and not state.loose:
                 call = waiting[-1]
             else:  # the matching call is unknown
-                for one in (one for (s, _), calls in self._open.items() if s == site for one in calls):
-                    one.unjoined = True
+                for other in (other for (s, _), calls in self._open.items() if s == site for other in calls):
+                    other.unjoined = True
         if call is not None:
             call.rows.append(rows)
 
@@ -213,10 +213,12 @@ class CallJoiner:
         done = [call for call in self.begun if call.context not in under_way]
         self._remove(done)
         for key, blocks in list(self._blocks.items()):
-            left = [block for block in blocks if block.context in under_way]
-            self._orphans += [one for block in blocks if block not in left for one in block.elsewhere]
-            self._blocks[key] = left
-            if not left:
+            remaining = [block for block in blocks if block.context in under_way]
+            self._orphans += [
+                orphan for block in blocks if block not in remaining for orphan in block.elsewhere
+            ]
+            self._blocks[key] = remaining
+            if not remaining:
                 del self._blocks[key]
         if self._orphans:
             self._retry_orphans(keep=bool(self.begun))
@@ -227,10 +229,10 @@ class CallJoiner:
             self.begun = []
             self._open.clear()
             return
-        gone = set(calls)
-        self.begun = [call for call in self.begun if call not in gone]
+        removed = set(calls)
+        self.begun = [call for call in self.begun if call not in removed]
         for key in {(call.site, call.thread) for call in calls} & self._open.keys():
-            self._open[key] = [call for call in self._open[key] if call not in gone]
+            self._open[key] = [call for call in self._open[key] if call not in removed]
             if not self._open[key]:
                 del self._open[key]
 

@@ -28,13 +28,13 @@ class HookLevels:
         """Level that the forward of each thread inside the model needs."""
         self.level: Level | None = None
         """Level set last; None if each router has to be checked."""
-        self._router_hooks = [hooks_of(one.site.router) for one in hooks]
+        self._router_hooks = [hooks_of(router.site.router) for router in hooks]
         self._cuda_is_used = False
         """Whether CUDA was in use when the hooks were last informed."""
         self.stale = False
         """Whether a block needs other hooks than those installed."""
-        for one in hooks:
-            one.on_change = self._change
+        for router in hooks:
+            router.on_change = self._change
         self.unsettled = list(hooks)
         """Routers whose block may come to need no hook."""
         self._installed: list[int] = []
@@ -63,7 +63,7 @@ class HookLevels:
         else:
             ranges.wanted = None if ranges.wanted else False
         if RemovableHandle.next_id != self._handles and not self.kept:
-            self._look_at_others()
+            self._check_others()
         if cuda_is_used() is not self._cuda_is_used:
             self.look_at_devices()
         self.wanted[thread] = level
@@ -88,7 +88,7 @@ class HookLevels:
                 self.on_others()
             self.level = level
             if not self._others:
-                self._look_at_others()
+                self._check_others()
             for hooks in self._hooks:
                 if not (hooks.is_current(level) or (self.kept and hooks.level >= level)):
                     hooks.set_level(level)
@@ -100,10 +100,10 @@ class HookLevels:
         for hooks in self._hooks:
             hooks.look_at_device()
 
-    def _look_at_others(self) -> None:
+    def _check_others(self) -> None:
         """Detect hooks added by others, which may write into the experts' arguments before or after them."""
         self._handles, before = RemovableHandle.next_id, self._others
-        self._others = [hooks_of_others(one.site) for one in self._hooks]
+        self._others = [hooks_of_others(router.site) for router in self._hooks]
         if before and self._others != before:
             self.level = None
             self.on_others()

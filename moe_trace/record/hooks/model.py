@@ -91,7 +91,7 @@ class ModelHooks:
             compiled: per router, the hooks in code that is already compiled.
         """
         owners = (ModelEntry, SiteObserver, PlainCalls, PlainRanges, ListedExpert)
-        skip_in_dynamo(hook for one in owners for hook in one.hooks())
+        skip_in_dynamo(hook for owner in owners for hook in owner.hooks())
         for router in self.routers:
             router.sending = sending
         if compiled:

@@ -68,7 +68,7 @@ class ForwardPlan:
             return None
         if items[4::WIDTH] != self.lasts * forwards or any(self.experts(seconds)):
             return None
-        if self.block_ends is not None and any(one is not None for one in self.block_ends(firsts)):
+        if self.block_ends is not None and any(end is not None for end in self.block_ends(firsts)):
             return None
         try:
             columns = self.read(self.routers(seconds), self.experts(firsts))
@@ -93,36 +93,36 @@ def _picker(at: Sequence[int], events: int) -> Pick:
 def plan_of(items: list[Any], all_routers: Sequence[SiteHooks]) -> ForwardPlan | None:
     """Return a plan for forwards with these events if they are plain and their routers alike, else None."""
     codes = items[0::WIDTH]
-    places: dict[int, dict[int, int]] = {}
-    for at, code in enumerate(codes):
+    positions: dict[int, dict[int, int]] = {}
+    for position, code in enumerate(codes):
         site, kind = divmod(code, KINDS)
-        if kind not in _EXPECTED or places.setdefault(site, {}).setdefault(kind, at) != at:
+        if kind not in _EXPECTED or positions.setdefault(site, {}).setdefault(kind, position) != position:
             return None
-    routers = [all_routers[index] for index in places]
+    routers = [all_routers[index] for index in positions]
     readers = {router.site.contract.columns.get(router.read) for router in routers}
     reader = readers.pop() if len(readers) == 1 else None
     if reader is None or len({router.site.info.num_experts for router in routers}) > 1:
         return None
-    for router, found in zip(routers, places.values(), strict=True):
+    for router, found in zip(routers, positions.values(), strict=True):
         if [kind for kind in found if kind not in (BLOCK, BLOCK_END)] != [BEGIN, ROUTER, EXPERTS]:
             return None
         if not router.site.contract.reads_late or (router.copies is not None and router.copies.learning):
             return None
-    ends = [at[BLOCK_END] for at in places.values() if BLOCK_END in at]
+    ends = [found[BLOCK_END] for found in positions.values() if BLOCK_END in found]
     plan = ForwardPlan(
-        indices=tuple(places),
+        indices=tuple(positions),
         sites=tuple(router.site for router in routers),
-        begins=_picker([at[BEGIN] for at in places.values()], len(codes)),
-        routers=_picker([at[ROUTER] for at in places.values()], len(codes)),
-        experts=_picker([at[EXPERTS] for at in places.values()], len(codes)),
+        begins=_picker([found[BEGIN] for found in positions.values()], len(codes)),
+        routers=_picker([found[ROUTER] for found in positions.values()], len(codes)),
+        experts=_picker([found[EXPERTS] for found in positions.values()], len(codes)),
         block_ends=_picker(ends, len(codes)) if ends else None,
-        last_output=WIDTH * max(at[ROUTER] for at in places.values()) + 3,
+        last_output=WIDTH * max(found[ROUTER] for found in positions.values()) + 3,
         codes=codes,
         lasts=[_EXPECTED[code % KINDS] for code in codes],
         read=reader,
     )
     columns, outputs = plan.columns(items, items[1]), plan.routers(items[3::WIDTH])
-    returned = chain.from_iterable(one if isinstance(one, tuple) else (one,) for one in outputs)
+    returned = chain.from_iterable(output if isinstance(output, tuple) else (output,) for output in outputs)
     if columns is None or any(map(is_copy, returned)):
         return None  # versions of a copy and its original differ
     try:
@@ -205,7 +205,7 @@ class PlainForwards:
             return
         waiting, self.waiting, self._bytes = self.waiting, [], 0.0
         all_items, at = self._log.take(waiting=True), 0
-        for (plan, *_), run in groupby(waiting, key=lambda one: (one[0], one[1].held_bytes, one[1].ident)):
+        for (plan, *_), run in groupby(waiting, key=lambda w: (w[0], w[1].held_bytes, w[1].ident)):
             contexts, size = [context for _, context in run], plan.length
             items = all_items if len(contexts) == len(waiting) else all_items[at : at + size * len(contexts)]
             at += size * len(contexts)

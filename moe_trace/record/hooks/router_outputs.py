@@ -22,7 +22,7 @@ from moe_trace.record.hooks.joining import CallJoiner
 from moe_trace.record.hooks.repeated_forwards import PlainForwards
 from moe_trace.record.hooks.site import SiteHooks
 
-_TOLD_CALLS = 4
+_COMPARED_CALLS = 4
 """Number of calls whose counts are compared with those that the router returns."""
 
 
@@ -62,7 +62,7 @@ class CallCollector:
         )
         self._lock = threading.RLock()
         self._plain = PlainForwards(
-            routers, self._states, recorder, log, padding=self._padding, join=self._join_late
+            routers, self._states, recorder, log, padding=self._padding, join=self._join_deferred
         )
         recorder.on_rewritten = self._copy_from_now_on
         self.checks = EventChecks(
@@ -112,7 +112,7 @@ class CallCollector:
                 self._plain.learn(items)
         return True
 
-    def _join_late(self, items: list[Any], context: ForwardContext) -> None:
+    def _join_deferred(self, items: list[Any], context: ForwardContext) -> None:
         """Join a plain forward that waited and differs from its plan; nothing else is running."""
         self._joiner.add(items, context)
         self._finish(self._joiner.finished(()))
@@ -252,7 +252,7 @@ class CallCollector:
             order=(context.epoch, 0),
             sending=call.experts[0].sending if call.experts else None,
             rows=reading.rows,
-            told_E=reading.told_E if state.recorded < _TOLD_CALLS else None,
+            told_E=reading.told_E if state.recorded < _COMPARED_CALLS else None,
             slots_2P=reading.slots_2P,
             tokens=context.tokens,
             batch=context.batch,
@@ -276,7 +276,7 @@ class CallCollector:
         clock, name = self._clock, self._routers[call.site].site.name
         if call.mark is not None:
             clock.keep(name, number, "router", call.mark)  # type: ignore[union-attr]
-        for experts in (one for one in call.experts if one.mark is not None):
+        for experts in (experts_call for experts_call in call.experts if experts_call.mark is not None):
             clock.keep(name, number, "experts", experts.mark)  # type: ignore[union-attr]
 
     def _misread(self, index: int, error: Exception) -> None:

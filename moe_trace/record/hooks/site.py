@@ -166,8 +166,8 @@ class SiteHooks(SiteObserver):
                 add(experts.register_forward_pre_hook(self._before_copied, with_kwargs=True))
             add(experts.register_forward_hook(hooks.after_experts, always_call=True, with_kwargs=True))
         for number, expert in enumerate(site.listed):
-            before_one = ListedExpert(expert, self._index, number, self._log).before
-            add(expert.register_forward_pre_hook(before_one, with_kwargs=True))
+            before_expert = ListedExpert(expert, self._index, number, self._log).before
+            add(expert.register_forward_pre_hook(before_expert, with_kwargs=True))
 
     def _plain(self, level: Level) -> PlainCalls | None:
         """Return the hooks for plain calls; None if there will be no plain calls."""

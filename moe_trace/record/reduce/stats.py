@@ -112,8 +112,8 @@ def phase_counts(index_LTK: Tensor, weights_LTK: Tensor, phases_LT: Tensor, num_
     """
     slots_LTK = _slot_ids(index_LTK, weights_LTK, num_experts)
     decodes_LT1 = (phases_LT == DECODE).unsqueeze(-1)
-    nobody = (slots_LTK >= num_experts) | (phases_LT == PADDING).unsqueeze(-1)
-    ids_LTK = (slots_LTK + num_experts * decodes_LT1).masked_fill(nobody, 2 * num_experts)
+    uncounted = (slots_LTK >= num_experts) | (phases_LT == PADDING).unsqueeze(-1)
+    ids_LTK = (slots_LTK + num_experts * decodes_LT1).masked_fill(uncounted, 2 * num_experts)
     return count_per_row(ids_LTK.flatten(1), 2 * num_experts + 1)[:, :-1]
 
 
@@ -163,6 +163,6 @@ def small_ids(index: Tensor, weights: Tensor, num_experts: int) -> Tensor:
 
     As in the samples, slots are skipped if their id is out of range or their weight is 0.
     """
-    small = id_type(num_experts) == np.uint8
+    one_byte = id_type(num_experts) == np.uint8
     skipped = (index < 0) | (index >= num_experts) | (weights == 0)
-    return index.masked_fill(skipped, 255 if small else -1).to(torch.uint8 if small else torch.int16)
+    return index.masked_fill(skipped, 255 if one_byte else -1).to(torch.uint8 if one_byte else torch.int16)

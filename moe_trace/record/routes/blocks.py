@@ -19,7 +19,9 @@ from moe_trace.record.routes.tokens import ForwardTokens
 _TOKEN_BYTES = 32  # bytes of a row without its ids
 _COLUMN_BYTES, _BLOCK_BYTES = 128, 1580  # bytes of Python objects, most of the memory of a decode step
 _FORWARDS_BEHIND = 1024  # forwards whose ids may still be on a device
-_LEAST_SHARE = 8  # at least an eighth of a block's rows are dropped at once, to limit the number of copies
+_MIN_DROP_DIVISOR = (
+    8  # at least an eighth of a block's rows are dropped at once, to limit the number of copies
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -106,7 +108,7 @@ class Blocks:
         self.dropped: Counter[str] = Counter()
         """Number of dropped rows, by reason."""
         self._by_key: dict[tuple[object, ...], list[Block]] = {}
-        self._again: dict[tuple[object, ...], None] = {}
+        self._recomputed: dict[tuple[object, ...], None] = {}
         """Keys of recomputed blocks that have not been added yet."""
         self._threshold = 1.0
         """Sequences with this random number or a greater one are dropped."""
@@ -140,16 +142,16 @@ class Blocks:
         """Mark the blocks of a call as recomputed by the backward."""
         key = (record.order, id(record.tokens), count, part)
         if key not in self._by_key:  # still on the device, or dropped
-            self._again[key] = None
-            if len(self._again) > _FORWARDS_BEHIND:
-                del self._again[next(iter(self._again))]
+            self._recomputed[key] = None
+            if len(self._recomputed) > _FORWARDS_BEHIND:
+                del self._recomputed[next(iter(self._recomputed))]
         for block in self._by_key.get(key, ()):
             block.recomputed = True
 
     def take(self, *, but: int = 0) -> list[Block]:
         """Remove and return all blocks but the last `but`."""
-        until = max(0, len(self.blocks) - but)
-        taken, self.blocks = self.blocks[:until], self.blocks[until:]
+        end = max(0, len(self.blocks) - but)
+        taken, self.blocks = self.blocks[:end], self.blocks[end:]
         self._forget(taken)
         return taken
 
@@ -163,9 +165,9 @@ class Blocks:
         block = Block(key, record.order, record.step, record.stage, tokens, count)
         if self._threshold < 1:
             self.dropped["reservoir"] += block.keep(self._numbers(block) < self._threshold)
-        block.recomputed = key in self._again
+        block.recomputed = key in self._recomputed
         found.append(block)
-        insort(self.blocks, block, key=lambda one: one.order)  # calls of other shapes may arrive earlier
+        insort(self.blocks, block, key=lambda item: item.order)  # calls of other shapes may arrive earlier
         self.nbytes += block.nbytes
         return block
 
@@ -178,19 +180,19 @@ class Blocks:
                 del self._by_key[block.key]
 
     def _drop_oldest(self) -> None:
-        over, gone = self.nbytes - self.max_bytes, 0
-        while over > 0 and gone < len(self.blocks):
-            block = self.blocks[gone]
-            if block.nbytes <= over:
-                over -= block.nbytes
+        excess, count = self.nbytes - self.max_bytes, 0
+        while excess > 0 and count < len(self.blocks):
+            block = self.blocks[count]
+            if block.nbytes <= excess:
+                excess -= block.nbytes
                 self.dropped["overwritten"] += block.rows
-                gone += 1
+                count += 1
                 continue
-            rows = min(block.rows, max(-(-over // block.row_bytes), block.rows // _LEAST_SHARE))
+            rows = min(block.rows, max(-(-excess // block.row_bytes), block.rows // _MIN_DROP_DIVISOR))
             self.nbytes -= rows * block.row_bytes
             self.dropped["overwritten"] += block.keep(np.arange(rows, block.rows))
             break
-        dropped, self.blocks = self.blocks[:gone], self.blocks[gone:]
+        dropped, self.blocks = self.blocks[:count], self.blocks[count:]
         self._forget(dropped)
 
     def _drop_sequences(self, latest: Block) -> None:
@@ -198,13 +200,13 @@ class Blocks:
         wanted = self.max_bytes * 7 // 8  # leaves room for later blocks
         while self.nbytes > wanted and any(block.rows for block in self.blocks):
             numbers = [self._numbers(block) for block in self.blocks]
-            together = np.sort(np.concatenate(numbers))
+            merged = np.sort(np.concatenate(numbers))
             share = min(7 / 8, wanted / self.nbytes)
-            self._threshold = float(together[int(share * len(together))])
-            for block, own in zip(self.blocks, numbers, strict=True):
-                if (own >= self._threshold).any():
+            self._threshold = float(merged[int(share * len(merged))])
+            for block, block_numbers in zip(self.blocks, numbers, strict=True):
+                if (block_numbers >= self._threshold).any():
                     self.nbytes -= block.nbytes
-                    self.dropped["reservoir"] += block.keep(np.flatnonzero(own < self._threshold))
+                    self.dropped["reservoir"] += block.keep(np.flatnonzero(block_numbers < self._threshold))
                     self.nbytes += block.nbytes
             self._forget([block for block in self.blocks if not block.rows and block is not latest])
             self.blocks = [block for block in self.blocks if block.rows or block is latest]

@@ -36,7 +36,7 @@ def identity_of(tokens: ForwardTokens, count: int, stage: Stage) -> Columns:
     position = _positions(tokens, arrays, padding)
     starts = arrays.get("starts")
     if starts is not None and starts[0] == 0 and 0 < starts[-1] <= count and (np.diff(starts) >= 0).all():
-        sequence = _between(starts, count).reshape(padding.shape)
+        sequence = _sequence_indices(starts, count).reshape(padding.shape)
         padding = padding | (sequence == UNKNOWN)  # padding up to the batch size of a CUDA graph
         if "positions" not in arrays and tokens.cached == 0:
             position = (np.arange(count) - starts[sequence.ravel()]).reshape(padding.shape)
@@ -73,22 +73,22 @@ def _positions(tokens: ForwardTokens, arrays: Mapping[str, np.ndarray], padding:
     if before is None and tokens.cached is not None:
         before = np.full(tokens.rows, tokens.cached)
     counted = None if before is None else before[:, None] + real.cumsum(1) - 1
-    told = arrays.get("positions")
-    if told is None:
+    positions = arrays.get("positions")
+    if positions is None:
         return np.full(padding.shape, UNKNOWN) if counted is None or tokens.flat else counted
-    told = told.reshape(padding.shape)
+    positions = positions.reshape(padding.shape)
     if not padding.any() or tokens.cached != 0:
-        return told
+        return positions
     # Positions that are plain column indices count padding too, so the mask is counted instead.
-    columns = told == np.arange(tokens.length)
+    columns = positions == np.arange(tokens.length)
     return (
-        np.where(columns.all(1, keepdims=True) & padding[:, :1], counted, told)
+        np.where(columns.all(1, keepdims=True) & padding[:, :1], counted, positions)
         if counted is not None
-        else told
+        else positions
     )
 
 
-def _between(starts: np.ndarray, count: int) -> np.ndarray:
+def _sequence_indices(starts: np.ndarray, count: int) -> np.ndarray:
     """Return the index of each row's packed sequence, or `UNKNOWN` for rows after the last one."""
     sequence = np.searchsorted(starts, np.arange(count), side="right") - 1
     return np.where(np.arange(count) < starts[-1], sequence, UNKNOWN)
@@ -101,8 +101,8 @@ def _sequences(tokens: ForwardTokens, position: np.ndarray | None, padding: np.n
         rows = np.full(padding.shape, UNKNOWN)
     if position is None or tokens.length < 2:
         return rows
-    both = ~padding[:, 1:] & ~padding[:, :-1]
-    breaks = both & (position[:, 1:] != position[:, :-1] + 1)
+    both_real = ~padding[:, 1:] & ~padding[:, :-1]
+    breaks = both_real & (position[:, 1:] != position[:, :-1] + 1)
     if not breaks.any():
         return rows
     if (position[:, 1:][breaks] != 0).any():  # several requests in a row, or a tree of drafts

@@ -67,7 +67,7 @@ class RoutesRecorder:
         """Order of the last forward in a graph whose ids were lost."""
         self._runs = 0
         """Number of prefills and training forwards seen."""
-        self._nobody = self._described = ForwardTokens()
+        self._no_tokens = self._described = ForwardTokens()
         self._rows_first = all(site.contract is not ROUTER_BESIDE_EXPERTS for site in sites)
         """Whether routers see tokens batch-first; in other frameworks the sequence may come first."""
         self._blocks = Blocks(int(options.max_mib * 2**20), options.keep)
@@ -84,7 +84,7 @@ class RoutesRecorder:
 
     def look(self, context: ForwardContext, inputs: ModelInputs, args: Any, kwargs: dict[str, Any]) -> None:
         """Keep what the arguments of a forward say about its tokens, when it begins or they are known."""
-        if self._wants(context.step):
+        if self._records_step(context.step):
             padding_T = None if context.batch is not None else context.padding_T
             tokens = look_at_tokens(inputs, args, kwargs, padding_T, token_ids=self.options.token_ids)
             if context.batch is not None:
@@ -97,9 +97,9 @@ class RoutesRecorder:
 
     def outside(self, step: int) -> ForwardTokens | None:
         """Return the empty description of tokens outside any forward, or None if the step is not recorded."""
-        return self._nobody if self._wants(step) else None
+        return self._no_tokens if self._records_step(step) else None
 
-    def _wants(self, step: int) -> bool:
+    def _records_step(self, step: int) -> bool:
         steps = self._steps
         return (step - steps.warmup) // steps.every % self.options.every == 0
 
@@ -179,7 +179,7 @@ class RoutesRecorder:
             found: (ids, weights) [tokens, K], each None if not kept.
         """
         router, (ids, weights) = self._routers.get(record.site.name), found
-        if router is None or not self._wants(record.step):
+        if router is None or not self._records_step(record.step):
             return
         with self._lock:
             record.tokens = record.tokens or self._tokens_of_batch(record)
@@ -197,7 +197,7 @@ class RoutesRecorder:
     def _tokens_of_batch(self, record: CallRecord) -> ForwardTokens:
         """Return the description of a forward that the host did not see, one object for all its calls."""
         if record.batch is None:
-            return self._nobody
+            return self._no_tokens
         if self._described.batch is not record.batch:
             self._described = ForwardTokens(batch=record.batch)
         return self._described
@@ -205,7 +205,7 @@ class RoutesRecorder:
     def _stream(self, blocks: list[Block]) -> None:
         """Queue blocks for writing; their columns are made on the writer's thread."""
         if self.stream is not None and blocks:
-            self._lose(blocks)
+            self._mark_lost(blocks)
             layers, run = self._layers.copy(), self._run
             rows, nbytes = sum(block.rows for block in blocks), sum(block.nbytes for block in blocks)
             if self.stream.append(rows, nbytes, lambda: as_routes(blocks, layers, {}, run)):
@@ -213,11 +213,13 @@ class RoutesRecorder:
                     for router, call in block.decided():
                         self.stream.written.add(layers.names[router], range(call, call + 1))
 
-    def _lose(self, blocks: Sequence[Block]) -> None:
+    def _mark_lost(self, blocks: Sequence[Block]) -> None:
         """Mark the assignments of calls that were retracted since as unknown."""
-        back, names = self._taken_back, self._layers.names
-        for block in blocks if back.runs else ():
-            block.lost.update(router for router, call in block.decided() if back.has(names[router], call))
+        taken_back, names = self._taken_back, self._layers.names
+        for block in blocks if taken_back.runs else ():
+            block.lost.update(
+                router for router, call in block.decided() if taken_back.has(names[router], call)
+            )
 
     def _failed(self, tokens: int, error: Exception) -> None:
         if not self._dropped["failed"]:
@@ -237,7 +239,7 @@ class RoutesRecorder:
                 self._settle(self._shipped.popleft())
             dropped = self._dropped + self._blocks.dropped
             if self.stream is None:
-                self._lose(self._blocks.blocks)
+                self._mark_lost(self._blocks.blocks)
                 return as_routes(self._blocks.blocks, self._layers, dropped, self._run)
             self._stream(self._blocks.take())
             self.stream.tell_taken_back(self._taken_back)

@@ -55,13 +55,13 @@ def _groups(blocks: Iterable[Block], layers: Layers) -> list[list[int]]:
         parts.setdefault(hash(block.key), set()).update(block.ids)
     groups = [set(layers.called) or set(range(len(layers.names)))]
     for forward in {tuple(map(frozenset, parts.values())) for parts in forwards.values()}:
-        apart = _apart(forward)
-        if len(apart) > 1:
-            groups = [piece for group in groups for piece in _split(group, apart)]
+        disjoint = _disjoint(forward)
+        if len(disjoint) > 1:
+            groups = [piece for group in groups for piece in _split(group, disjoint)]
     return [sorted(group) for group in groups]
 
 
-def _apart(parts: Sequence[frozenset[int]]) -> list[set[int]]:
+def _disjoint(parts: Sequence[frozenset[int]]) -> list[set[int]]:
     """Merge the parts of a forward that share a router, which was called on pieces of its tokens."""
     found: list[set[int]] = []
     for part in parts:
@@ -83,14 +83,14 @@ def _split(group: set[int], apart: Sequence[set[int]]) -> list[set[int]]:
 
 
 def _group(blocks: Sequence[Block], members: Sequence[int], layers: Layers) -> RecordedRoutes:
-    mine = [block for block in blocks if not block.ids.keys().isdisjoint(members)]
-    tokens, slots = sum(block.rows for block in mine), max(layers.top_k[router] for router in members)
+    group_blocks = [block for block in blocks if not block.ids.keys().isdisjoint(members)]
+    tokens, slots = sum(block.rows for block in group_blocks), max(layers.top_k[router] for router in members)
     kind = id_type(max(layers.num_experts[router] for router in members))
     ids = np.full((tokens, len(members), slots), np.iinfo(kind).max, kind)
-    weights = np.full(ids.shape, np.nan, np.float16) if any(block.weights for block in mine) else None
+    weights = np.full(ids.shape, np.nan, np.float16) if any(block.weights for block in group_blocks) else None
     lost = np.zeros(ids.shape[:2], bool)
     start = 0
-    for block in mine:
+    for block in group_blocks:
         rows = slice(start, start := start + block.rows)
         for place, router in enumerate(members):
             found = block.ids.get(router)
@@ -110,19 +110,22 @@ def _group(blocks: Sequence[Block], members: Sequence[int], layers: Layers) -> R
         top_k=tuple(layers.top_k[router] for router in members),
         weights=weights,
         lost_layers=lost if lost.any() else None,
-        **_token_columns(mine),
+        **_token_columns(group_blocks),
     )
 
 
 def _token_columns(blocks: Sequence[Block]) -> dict[str, Any]:
     counts = [block.rows for block in blocks]
-    whose = [block.identity() for block in blocks]
+    identities = [block.identity() for block in blocks]
 
     def each(values: Iterable[Any], kind: Any) -> np.ndarray:
         return np.repeat(np.array(list(values), kind), counts)
 
     def joined(name: str, kind: Any) -> np.ndarray:
-        columns = (one.get(name, np.full(count, UNKNOWN)) for one, count in zip(whose, counts, strict=True))
+        columns = (
+            identity.get(name, np.full(count, UNKNOWN))
+            for identity, count in zip(identities, counts, strict=True)
+        )
         return np.concatenate([np.empty(0, kind), *columns], dtype=kind)
 
     columns = {
@@ -135,7 +138,7 @@ def _token_columns(blocks: Sequence[Block]) -> dict[str, Any]:
     }
     if any(block.recomputed for block in blocks):
         columns["recomputed"] = each((block.recomputed for block in blocks), bool)
-    if any("token_ids" in one for one in whose):
+    if any("token_ids" in identity for identity in identities):
         columns["token_ids"] = joined("token_ids", np.int32)
     return columns
 

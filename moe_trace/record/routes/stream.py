@@ -31,7 +31,7 @@ class RoutesStream:
         """Number of dropped rows, by reason."""
         self.written = CallNumbers()
         """Calls by router name whose assignments are in the file."""
-        self._told: set[Hashable] = set()
+        self._warned: set[Hashable] = set()
         self._max_bytes, self._waiting_bytes = max_bytes, 0
         self._writer: RoutesWriter | None = RoutesWriter(self.path)
         self._thread: ThreadPoolExecutor | None = None
@@ -67,8 +67,8 @@ class RoutesStream:
     def tell_taken_back(self, calls: CallNumbers) -> None:
         """Warn once per router that some of its rows in the file have become unknown."""
         for name, count in calls.shared(self.written).items():
-            if name not in self._told:
-                self._told.add(name)
+            if name not in self._warned:
+                self._warned.add(name)
                 warn_user(
                     f"{name}: its experts turned out to be called as a module, and what its earlier calls "
                     f"assigned is unknown. {count} of those were written to {self.path} before: they stay"

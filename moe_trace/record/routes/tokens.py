@@ -45,7 +45,7 @@ class ForwardTokens:
     """Description by a host framework, which replaces all parts but the ids."""
     stream: int = 0
     """Handle of the stream on which the parts were made."""
-    _arriving: tuple[Any, Any, dict[str, slice]] | None = None
+    _pending: tuple[Any, Any, dict[str, slice]] | None = None
     _host: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -55,13 +55,13 @@ class ForwardTokens:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the shipped parts on the host. Waits for the copy."""
-        if self._arriving is not None:
-            copy, copied, places = self._arriving
+        if self._pending is not None:
+            copy, copied, places = self._pending
             if copied is not None:
                 copied.synchronize()
             flat = copy.numpy()
             self._host |= {name: flat[place].copy() for name, place in places.items()}
-            self._arriving = None
+            self._pending = None
         return self._host
 
 
@@ -81,7 +81,7 @@ def ship_tokens(forwards: Iterable[ForwardTokens]) -> None:
             places.setdefault(tokens, {})[name] = slice(start, start := start + len(part))
         for tokens, own in places.items():
             tokens.arrays()  # first collect parts from another device
-            tokens._arriving = (copy, copied, own)
+            tokens._pending = (copy, copied, own)
 
 
 def look_at_tokens(
@@ -95,12 +95,12 @@ def look_at_tokens(
     """
     try:
         with apart():
-            return _look(inputs, args, kwargs, padding_T, token_ids)
+            return _describe(inputs, args, kwargs, padding_T, token_ids)
     except Exception:  # unexpected arguments must not break the forward
         return ForwardTokens()
 
 
-def _look(
+def _describe(
     inputs: ModelInputs, args: Any, kwargs: dict[str, Any], padding_T: Tensor | None, token_ids: bool
 ) -> ForwardTokens:
     given = inputs.tokens(args, kwargs)
@@ -123,12 +123,12 @@ def _look(
         parts["starts"] = _flat(starts)
     if padding_T is not None and padding_T.numel() == tokens.count:
         parts["padding"] = _flat(padding_T)
-    _look_before(tokens, parts, inputs, args, kwargs)
+    _set_earlier(tokens, parts, inputs, args, kwargs)
     tokens.parts, tokens.stream = parts, stream_of_now(given)
     return tokens
 
 
-def _look_before(
+def _set_earlier(
     tokens: ForwardTokens, parts: dict[str, Tensor], inputs: ModelInputs, args: Any, kwargs: dict[str, Any]
 ) -> None:
     """Set the number of earlier tokens of each row: those in the cache, less the padding in the mask."""
