@@ -195,14 +195,14 @@ def select_sites(sites: list[RouterSite], layers: LayerSelector) -> list[RouterS
     if callable(layers):
         chosen = [site for site in sites if layers(site)]
     else:
-        wanted = set(layers)
-        unknown = wanted - {key for site in sites for key in (site.layer, site.site, site.name)}
+        selected = set(layers)
+        unknown = selected - {key for site in sites for key in (site.layer, site.site, site.name)}
         if unknown:
             raise UsageError(
                 f"layers= names {sorted(map(str, unknown))}, but the routers found are "
                 f"{', '.join(f'{s.site} ({s.name})' for s in sites)}; give layer indices, labels or paths"
             )
-        chosen = [site for site in sites if wanted & {site.layer, site.site, site.name}]
+        chosen = [site for site in sites if selected & {site.layer, site.site, site.name}]
     if not chosen:
         raise UsageError(f"layers= selects none of the {len(sites)} routers found; pass None for all")
     return chosen

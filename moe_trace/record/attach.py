@@ -74,10 +74,10 @@ def detach_tracer(prof: Any, tracer: Tracer) -> None:
         return
     del tracers[tracer]
     if not tracers:
-        own = getattr(prof, _OWN_METHODS)
+        methods = getattr(prof, _OWN_METHODS)
         for name in (*_PATCHED, _TRACERS, _OWN_METHODS):
             prof.__dict__.pop(name, None)
-        prof.__dict__.update(own)
+        prof.__dict__.update(methods)
 
 
 def _marking(prof: Any, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,14 +114,14 @@ class _NotBegun(OutputError):
 
 def _export_as_asked(export: Callable[[str], None], path: str | os.PathLike[str], prof: Any) -> None:
     tracers = attached_tracers(prof)
-    asked = None in tracers.values()
-    if not asked and not any(any(tracer.calls_by_router().values()) for tracer in tracers):
+    by_user = None in tracers.values()
+    if not by_user and not any(any(tracer.calls_by_router().values()) for tracer in tracers):
         export(os.fspath(path))
         return
     try:
         _export(export, Path(path), prof)
     except OutputError as error:
-        if asked:
+        if by_user:
             raise
         warnings.warn(f"a trace has no routing: {error}", RuntimeWarning, stacklevel=4)
         if isinstance(error, _NotBegun):

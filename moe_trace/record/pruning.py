@@ -191,10 +191,12 @@ class _Stacked:
     ) -> tuple[RouterOutput, Tensor] | None:
         """Return the decision and the [T, K] norms of the outputs of one call."""
         named = [kwargs[name] for name in forward_parameters(unwrapped(experts)) if name in kwargs]
-        given = [*args, *named]
-        if len(given) != 3 or not isinstance(output, Tensor):
-            raise ValueError(f"expected experts(hidden_states, index, weights), found {len(given)} arguments")
-        hidden, index_TK, weights_TK = given
+        arguments = [*args, *named]
+        if len(arguments) != 3 or not isinstance(output, Tensor):
+            raise ValueError(
+                f"expected experts(hidden_states, index, weights), found {len(arguments)} arguments"
+            )
+        hidden, index_TK, weights_TK = arguments
         if index_TK.dim() != 2 or index_TK.shape != weights_TK.shape:
             raise ValueError("expected an index and weights of one shape [T, K]")
         norms, total = [], torch.zeros_like(output, dtype=torch.float32)

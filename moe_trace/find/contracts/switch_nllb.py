@@ -94,15 +94,15 @@ def read_one_hot(call: Call) -> RouterOutput:
 def _parts(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Return (logits [.., E], mask [.., E], weights [T, 1 or E]) of the call."""
     output = call.router_output
-    given = (*(call.experts_args or ()), *call.experts_kwargs.values())
-    mask, weights = (given[1], given[2]) if len(given) >= 3 else (None, None)
+    arguments = (*(call.experts_args or ()), *call.experts_kwargs.values())
+    mask, weights = (arguments[1], arguments[2]) if len(arguments) >= 3 else (None, None)
     logits = output[2] if isinstance(output, tuple) and len(output) >= 3 else None
     if isinstance(call.watched_output, Tensor):  # the third output of older versions of Switch is weights
         logits = call.watched_output
     if not (isinstance(logits, Tensor) and isinstance(mask, Tensor) and isinstance(weights, Tensor)):
         raise AdapterMismatch(
             "expected the router to return (mask, weights, logits) and experts(hidden, mask, weights), "
-            f"found {described(output)} and {described(given)}"
+            f"found {described(output)} and {described(arguments)}"
         )
     experts = logits.shape[-1]
     if mask.dtype not in (torch.int64, torch.bool) or mask.shape[-1] != experts or weights.dim() != 2:

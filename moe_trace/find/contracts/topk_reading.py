@@ -21,10 +21,10 @@ HIDDEN_ARGUMENT = "hidden_states"
 
 def read_topk_experts(call: Call) -> RouterOutput:
     """Read the actual assignments, as the experts received them, and the router's logits."""
-    given, logits = call.experts_args, _logits(call)
-    if given is not None and len(given) == 3:
+    arguments, logits = call.experts_args, _logits(call)
+    if arguments is not None and len(arguments) == 3:
         # This fast path checks the usual form, since it runs for every call of every router.
-        index, weights = given[1], given[2]
+        index, weights = arguments[1], arguments[2]
         try:
             shape, logits_shape = index.shape, logits.shape
             if (

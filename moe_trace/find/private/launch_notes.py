@@ -90,8 +90,8 @@ def encode_notes(notes: LaunchNotes, origins: Origins) -> bytes | None:
     """Encode notes for the cache; return None if they are too large."""
     listed = {name for launch in notes.launches for name in launch.nodes}
     nodes = tuple(node for node in notes.nodes if node.name in listed)
-    kept = _Kept(_VERSION, replace(notes, nodes=nodes, key=""), origins)
-    encoded = zlib.compress(msgspec.json.encode(kept))
+    stored = _Kept(_VERSION, replace(notes, nodes=nodes, key=""), origins)
+    encoded = zlib.compress(msgspec.json.encode(stored))
     return encoded if len(encoded) <= _BYTES_MAX else None
 
 
@@ -103,11 +103,11 @@ def decode_notes(encoded: Any, origins: Origins) -> LaunchNotes | None:
     if not isinstance(encoded, bytes):
         return None
     try:
-        kept = msgspec.json.decode(zlib.decompressobj().decompress(encoded, _DECODED_MAX), type=_Kept)
-        modules = origins.here(kept.origins) if kept.version == _VERSION else None
+        stored = msgspec.json.decode(zlib.decompressobj().decompress(encoded, _DECODED_MAX), type=_Kept)
+        modules = origins.here(stored.origins) if stored.version == _VERSION else None
         if modules is None:
             return None
-        nodes = tuple(replace(node, modules=modules[node.modules]) for node in kept.notes.nodes)
-        return replace(kept.notes, nodes=nodes)
+        nodes = tuple(replace(node, modules=modules[node.modules]) for node in stored.notes.nodes)
+        return replace(stored.notes, nodes=nodes)
     except (zlib.error, msgspec.MsgspecError, LookupError, RecursionError):
         return None

@@ -41,8 +41,8 @@ def read_by_structure(
     """
     output = call.router_output
     parts = tuple(output) if isinstance(output, (tuple, list)) else (output,)
-    given = dict(zip(names, call.experts_args or (), strict=False)) | call.experts_kwargs
-    decision = read_index(tuple(given.values())[1:], num_experts)
+    arguments = dict(zip(names, call.experts_args or (), strict=False)) | call.experts_kwargs
+    decision = read_index(tuple(arguments.values())[1:], num_experts)
     if not is_gate:
         decision = (
             decision
@@ -52,7 +52,7 @@ def read_by_structure(
     logits = output if gives_logits else call.watched_output
     if decision is None:
         return _by_rows(call, parts, logits, num_experts, top_k)
-    decision = decision.without(given.get(MASK_ARGUMENT), num_experts)
+    decision = decision.without(arguments.get(MASK_ARGUMENT), num_experts)
     rows = None if call.expert_rows is None else ExpertRows(call.expert_rows, by_logits=False, whole=False)
     counts_E, logits_TE = told_counts(parts, num_experts), _flat(logits, num_experts)
     return RouterOutput(decision.index_TK, decision.weights_TK, logits_TE, rows, counts_E)

@@ -58,9 +58,9 @@ def describe_unread(model: nn.Module, unread: Sequence[tuple[str, nn.Module]]) -
 def _described(model: nn.Module, path: str, module: nn.Module) -> str:
     above = path.rpartition(".")[0]
     block = model.get_submodule(above)
-    why = _inspect(block) if path else None
-    if isinstance(why, str):
-        return f"{above or 'the model'} ({class_name(unwrapped(block))}): {why}"
+    problem = _inspect(block) if path else None
+    if isinstance(problem, str):
+        return f"{above or 'the model'} ({class_name(unwrapped(block))}): {problem}"
     called = ", ".join(forward_parameters(unwrapped(module)))
     return f"{path or 'the model'} ({class_name(unwrapped(module))}, called as ({called}))"
 
@@ -73,14 +73,14 @@ def _inspect(block: nn.Module) -> Found | str | None:
     if len(holders) != 1:
         return f"{', '.join(holders)} may each be its experts" if holders else None
     holder = unwrapped(children[holders[0]])
-    held = experts_held(holder)
-    routers = routers or _gates(children, holder, held)
+    local_experts = experts_held(holder)
+    routers = routers or _gates(children, holder, local_experts)
     if len(routers) != 1:
-        return _router_problem(block, routers, held)
+        return _router_problem(block, routers, local_experts)
     given = children[routers[0]]
     classes = router_classes(unwrapped(given))
-    if classes < 2 or classes % held:  # under expert parallelism, ranks hold equal parts
-        return f"its router `{routers[0]}` has {classes or 'an unknown number of'} classes for {held} experts"
+    if classes < 2 or classes % local_experts:  # under expert parallelism, ranks hold equal parts
+        return f"its router `{routers[0]}` has {classes or 'an unknown number of'} classes for {local_experts} experts"
     return _found(block, routers[0], given, children[holders[0]], classes)
 
 

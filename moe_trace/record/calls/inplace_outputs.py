@@ -63,8 +63,8 @@ class TensorCopies:
     def receive(self, args: Any, kwargs: dict[str, Any]) -> None:
         """Copy the arguments of experts about to run, which may write into them."""
         self._received.pop(get_ident(), None)
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        copies = [(value, self.copy(value)) for value in given]
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        copies = [(value, self.copy(value)) for value in tensors]
         self._received[get_ident()] = copies
 
     def received(self, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -88,8 +88,8 @@ class TensorCopies:
             return tuple(map(self._copy, value))
         if not isinstance(value, Tensor):
             return value
-        for given, copied in self._received.get(get_ident(), ()):
-            if given is value:
+        for received, copied in self._received.get(get_ident(), ()):
+            if received is value:
                 return copied
         original = value.detach()
         copied = original.clone()
@@ -184,17 +184,19 @@ def _find_reused(
     found: list[set[int]],
 ) -> None:
     uses: dict[int, list[tuple[Any, ...]]] = {}
-    for place, (group, column, at) in enumerate(zip(groups, columns, addresses, strict=True)):
+    for index, (group, column, column_addresses) in enumerate(zip(groups, columns, addresses, strict=True)):
         if column:
-            for number, (record, tensor, address) in enumerate(zip(group.records, column, at, strict=True)):
+            for number, (record, tensor, address) in enumerate(
+                zip(group.records, column, column_addresses, strict=True)
+            ):
                 uses.setdefault(address, []).append(
-                    (record.start_ns, place, number, record.site.name, tensor)
+                    (record.start_ns, index, number, record.site.name, tensor)
                 )
     for address, users in uses.items():
         tensors, sites = {id(user[-1]) for user in users}, {user[-2] for user in users}
         if address == 0 or len(users) == 1 or (len(tensors) == 1 and len(sites) == len(users)):
             continue
         last = max(user[0] for user in users)
-        for start_ns, place, number, _, _ in users:
+        for start_ns, index, number, _, _ in users:
             if start_ns != last:
-                found[place].add(number)
+                found[index].add(number)

@@ -34,8 +34,8 @@ class CallNumbers:
     def has(self, router: Hashable, call: int) -> bool:
         """Return whether a call number is present."""
         runs = self.runs.get(router, [])
-        at = bisect_right(runs, call, key=lambda run: run.start)
-        return any(call in run for run in runs[max(0, at - 1) : at])
+        index = bisect_right(runs, call, key=lambda run: run.start)
+        return any(call in run for run in runs[max(0, index - 1) : index])
 
     def shared(self, other: CallNumbers) -> dict[Hashable, int]:
         """Return, by router, how many calls are present in both, without zeros."""

@@ -142,8 +142,8 @@ def _holds(block: nn.Module, part: nn.Module) -> bool:
 
 def by_memory(experts: ExpertsCall, calls: Iterable[RouterCall]) -> list[RouterCall]:
     """Return the router calls whose output shares memory with what the experts received."""
-    given = set(_memory((*experts.args, *experts.kwargs.values())))
-    return [call for call in calls if not given.isdisjoint(_memory((call.router_output,)))]
+    memory = set(_memory((*experts.args, *experts.kwargs.values())))
+    return [call for call in calls if not memory.isdisjoint(_memory((call.router_output,)))]
 
 
 def _memory(values: Iterable[Any]) -> Iterator[int]:

@@ -45,11 +45,11 @@ def compiled_parts(model: nn.Module) -> list[str]:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    own: dict[str, Any] = module.__dict__
-    if own.get("_compiled_call_impl") is not None or "_orig_mod" in module._modules:
+    attributes: dict[str, Any] = module.__dict__
+    if attributes.get("_compiled_call_impl") is not None or "_orig_mod" in module._modules:
         return True
-    return hasattr(own.get("forward"), "_torchdynamo_orig_callable") or hasattr(
-        own.get("__call__"), "_torchdynamo_orig_callable"
+    return hasattr(attributes.get("forward"), "_torchdynamo_orig_callable") or hasattr(
+        attributes.get("__call__"), "_torchdynamo_orig_callable"
     )
 
 
@@ -91,9 +91,9 @@ def warn_if_compiled_before(model: nn.Module, *, called: bool) -> None:
     if called or not frames_compiled():
         return
     parts = compiled_parts(model)
-    which = f"{parts[0]} is compiled" if parts else "compiled code ran in this process"
+    cause = f"{parts[0]} is compiled" if parts else "compiled code ran in this process"
     warnings.warn(
-        f"no router call of {type(model).__name__} was recorded, and {which}: code that was compiled "
+        f"no router call of {type(model).__name__} was recorded, and {cause}: code that was compiled "
         "before the tracer was on has no hooks in it. Start the tracer before the first compiled call, or "
         "call tracer.recompile() after starting it, and run the model again",
         RuntimeWarning,

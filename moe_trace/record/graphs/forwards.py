@@ -170,11 +170,11 @@ class GraphForwards:
     ) -> bool:
         """Set the step of a call in a forward that was only counted; return whether the step is recorded."""
         record.graph_forward = forward
-        place = next((i for i, (end, _) in enumerate(segments) if forward <= end), None)
-        if place is None:
+        index = next((i for i, (end, _) in enumerate(segments) if forward <= end), None)
+        if index is None:
             return False
-        end, segment = segments[place]
-        before = segments[place - 1][0] if place else self.counted_after
+        end, segment = segments[index]
+        before = segments[index - 1][0] if index else self.counted_after
         if segment.batches and len(segment.batches) == end - before:
             record.batch = segment.batches[forward - before - 1]
             record.stage = record.batch.stage

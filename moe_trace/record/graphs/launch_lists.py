@@ -99,18 +99,18 @@ def describe(notes: LaunchNotes, places: Mapping[str, Mapping[str, Place]]) -> C
     known = {node.name: node for node in notes.nodes}
     part_of = {node.name: _part_of(node, places) for node in notes.nodes}
     if notes.problem:
-        held = tuple(dict.fromkeys(part for part in part_of.values() if part is not None))
+        parts = tuple(dict.fromkeys(part for part in part_of.values() if part is not None))
         return CompiledGraph(
-            parts=held, launches=(), backward=notes.backward, problem=notes.problem, key=notes.key
+            parts=parts, launches=(), backward=notes.backward, problem=notes.problem, key=notes.key
         )
     listed = Counter(name for launch in launches for name in set(launch.nodes))
     libraries = {launch.nodes[0] for launch in launches if launch.nodes and not _is_generated(launch)}
     parts: dict[LaunchPart, int] = {}
     described = []
     for launch in launches:
-        own = _own_nodes(launch, listed, libraries, known)
-        found = dict.fromkeys(part_of[name] for name in own)
-        operators = {_operator(known[name].target) for name in own}
+        nodes = _own_nodes(launch, listed, libraries, known)
+        found = dict.fromkeys(part_of[name] for name in nodes)
+        operators = {_operator(known[name].target) for name in nodes}
         inside = [part for part in found if part is not None]
         described.append(
             CompiledLaunch(
@@ -159,8 +159,8 @@ def _part_of(node: GraphNode, places: Mapping[str, Mapping[str, Place]]) -> Laun
     if node.ours:
         return None
     for path in reversed(node.modules):
-        wanted = _below_root(path)
-        found = _matching(wanted, places) if wanted else {}
+        module_path = _below_root(path)
+        found = _matching(module_path, places) if module_path else {}
         if found:
             place = next(iter(found.values()))
             return LaunchPart(routers=tuple(found), place=place)

@@ -81,7 +81,7 @@ class EventLog:
     def last_first(self, site: int, thread: int) -> Iterator[tuple[int, list[Any]]]:
         """Yield (kind, three items) of each event of a site on a thread, last event first."""
         items = self.items
-        for at in range(len(items) - WIDTH, self.waiting - 1, -WIDTH):
-            code, on = items[at], items[at + 1]
+        for start in range(len(items) - WIDTH, self.waiting - 1, -WIDTH):
+            code, on = items[start], items[start + 1]
             if on == thread and code // KINDS == site:
-                yield code % KINDS, items[at + 2 : at + WIDTH]
+                yield code % KINDS, items[start + 2 : start + WIDTH]

@@ -210,7 +210,7 @@ class ListedExpert(HookOwner):
             return
         if module is not self._expert and detach_if_copy(module, self._expert):
             return
-        given = (*args, *(kwargs or {}).values())
-        shape = next((value.shape for value in given if isinstance(value, Tensor)), None)
+        arguments = (*args, *(kwargs or {}).values())
+        shape = next((value.shape for value in arguments if isinstance(value, Tensor)), None)
         if shape is not None:
             self._log.note((self._code, get_ident(), self._number, shape[:-1].numel(), None))

@@ -212,12 +212,12 @@ class SiteObserver(HookOwner):
     def after_experts(self, module: nn.Module, args: Any, kwargs: Any, output: Any = MISSING) -> None:
         # `output` is missing if another thread removed the hook while torch was calling the hooks, which then
         # calls it like one without keyword arguments.
-        given = {} if output is MISSING else kwargs
+        keywords = {} if output is MISSING else kwargs
         if is_dynamo_compiling():
-            self.traced.after_experts(args, given)
+            self.traced.after_experts(args, keywords)
             return
         thread = get_ident()
-        if self.capturing and self.captured.end_experts(thread, args, given):
+        if self.capturing and self.captured.end_experts(thread, args, keywords):
             return
         if module is not self.site.experts and detach_if_copy(module, self.site.experts):
             return
@@ -234,9 +234,9 @@ class SiteObserver(HookOwner):
         if self.traced.call is not None:
             self._adopt_traced()
         sending = None if self.sending is None else self.sending(args)
-        args, given = self._trimmed(args, given)
+        args, keywords = self._trimmed(args, keywords)
         extras = None if sending is None and mark is None else (sending, mark)
-        self._log.note((self._experts, thread, args, given, extras))
+        self._log.note((self._experts, thread, args, keywords, extras))
 
     def before_block(self, module: nn.Module, args: Any) -> None:
         if is_dynamo_compiling():
@@ -253,15 +253,15 @@ class SiteObserver(HookOwner):
     def after_block(self, module: nn.Module, args: Any, kwargs: Any, output: Any = MISSING) -> None:
         if output is MISSING:
             kwargs, output = {}, kwargs
-        given = (*args, *kwargs.values())
+        arguments = (*args, *kwargs.values())
         if is_dynamo_compiling():
-            self.traced.after_block(given, output)
+            self.traced.after_block(arguments, output)
             return
         thread = get_ident()
         if self.capturing:
-            self.captured.end_block(thread, given, output)
+            self.captured.end_block(thread, arguments, output)
         if output is not None and True in self._of_block:
-            reading = None if self.site.read_block is None else self._read_block(given, output)
+            reading = None if self.site.read_block is None else self._read_block(arguments, output)
             self._log.note((self._block_end, thread, reading, None, None))
         if self._ranges.opened:
             self._ranges.close(self._block_range, thread)

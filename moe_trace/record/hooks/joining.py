@@ -106,18 +106,18 @@ class CallJoiner:
 
     def _experts(self, site: int, thread: int, args: Any, kwargs: Any, extra: Any) -> None:
         self.states[site].experts_called = True
-        own = self._last(site, thread)
+        latest = self._last(site, thread)
         called = [c for s in self._sharing[site] if (c := self._last(s, thread))]
-        if called and max(called, key=attrgetter("end_ns")) is not own:
+        if called and max(called, key=attrgetter("end_ns")) is not latest:
             return  # the hooks also see calls of other layers
         if args is None:
-            if own is not None:
-                own.refused = True
+            if latest is not None:
+                latest.refused = True
             return
         experts = ExpertsCall(args, kwargs or {}, *(extra or ()))
-        if own is None and self.states[site].thread not in (None, thread):
+        if latest is None and self.states[site].thread not in (None, thread):
             self.states[site].elsewhere = True
-        call = self._router_of(site, experts, own)
+        call = self._router_of(site, experts, latest)
         if call is not None:
             call.experts.append(experts)
             return

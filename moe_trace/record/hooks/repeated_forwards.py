@@ -217,9 +217,9 @@ class PlainForwards:
     def _take_singly(self, plan: ForwardPlan, items: list[Any], contexts: Sequence[ForwardContext]) -> None:
         """Record forwards one by one, because at least one of them differs from the plan."""
         for number, context in enumerate(contexts):
-            own = items[number * plan.length : (number + 1) * plan.length]
-            if len(contexts) == 1 or not self._take(plan, own, [context]):
-                self._join(own, context)
+            part = items[number * plan.length : (number + 1) * plan.length]
+            if len(contexts) == 1 or not self._take(plan, part, [context]):
+                self._join(part, context)
 
     def _take(self, plan: ForwardPlan, items: list[Any], contexts: Sequence[ForwardContext]) -> bool:
         """Record forwards of one plan and thread; return False, with nothing recorded, if they differ."""

@@ -19,9 +19,7 @@ from moe_trace.record.routes.tokens import ForwardTokens
 _TOKEN_BYTES = 32  # bytes of a row without its ids
 _COLUMN_BYTES, _BLOCK_BYTES = 128, 1580  # bytes of Python objects, most of the memory of a decode step
 _FORWARDS_BEHIND = 1024  # forwards whose ids may still be on a device
-_MIN_DROP_DIVISOR = (
-    8  # at least an eighth of a block's rows are dropped at once, to limit the number of copies
-)
+_DROP_SHARE = 8  # at least an eighth of a block's rows are dropped at once, to limit the number of copies
 
 
 @dataclass(slots=True, eq=False)
@@ -188,7 +186,7 @@ class Blocks:
                 self.dropped["overwritten"] += block.rows
                 count += 1
                 continue
-            rows = min(block.rows, max(-(-excess // block.row_bytes), block.rows // _MIN_DROP_DIVISOR))
+            rows = min(block.rows, max(-(-excess // block.row_bytes), block.rows // _DROP_SHARE))
             self.nbytes -= rows * block.row_bytes
             self.dropped["overwritten"] += block.keep(np.arange(rows, block.rows))
             break
@@ -197,11 +195,11 @@ class Blocks:
 
     def _drop_sequences(self, latest: Block) -> None:
         """Drop sequences from all blocks; keep `latest`, to which other layers will be added."""
-        wanted = self.max_bytes * 7 // 8  # leaves room for later blocks
-        while self.nbytes > wanted and any(block.rows for block in self.blocks):
+        limit = self.max_bytes * 7 // 8  # leaves room for later blocks
+        while self.nbytes > limit and any(block.rows for block in self.blocks):
             numbers = [self._numbers(block) for block in self.blocks]
             merged = np.sort(np.concatenate(numbers))
-            share = min(7 / 8, wanted / self.nbytes)
+            share = min(7 / 8, limit / self.nbytes)
             self._threshold = float(merged[int(share * len(merged))])
             for block, block_numbers in zip(self.blocks, numbers, strict=True):
                 if (block_numbers >= self._threshold).any():

@@ -112,7 +112,7 @@ class RoutesRecorder:
                 self._failed(len(group) * group.shape[0], error)
 
     def _take(self, group: PendingCalls) -> None:
-        wanted: list[CallRecord] = []
+        records: list[CallRecord] = []
         index, weights = [], []
         for record, index_TK, weights_TK in zip(group.records, group.index, group.weights, strict=True):
             router = self._routers.get(record.site.name)
@@ -122,13 +122,13 @@ class RoutesRecorder:
                 self._settle_arrived()
                 self._blocks.recomputed(record, len(index_TK), self._part[router])
                 continue
-            wanted.append(record)
+            records.append(record)
             index.append(index_TK)
             weights.append(weights_TK)
-        if not wanted:
+        if not records:
             return
-        experts = wanted[0].site.info.num_experts or group.logits[0].shape[-1]
-        chunk = cast(wanted, index, weights, experts, group.stream, keep_weights=self.options.weights)
+        experts = records[0].site.info.num_experts or group.logits[0].shape[-1]
+        chunk = cast(records, index, weights, experts, group.stream, keep_weights=self.options.weights)
         if not chunk.ids.is_cuda:
             ship_tokens(_tokens_of([chunk]))
             self._settle(chunk)
@@ -215,11 +215,9 @@ class RoutesRecorder:
 
     def _mark_lost(self, blocks: Sequence[Block]) -> None:
         """Mark the assignments of calls that were retracted since as unknown."""
-        taken_back, names = self._taken_back, self._layers.names
-        for block in blocks if taken_back.runs else ():
-            block.lost.update(
-                router for router, call in block.decided() if taken_back.has(names[router], call)
-            )
+        invalid, names = self._taken_back, self._layers.names
+        for block in blocks if invalid.runs else ():
+            block.lost.update(router for router, call in block.decided() if invalid.has(names[router], call))
 
     def _failed(self, tokens: int, error: Exception) -> None:
         if not self._dropped["failed"]:

@@ -92,17 +92,17 @@ def _group(blocks: Sequence[Block], members: Sequence[int], layers: Layers) -> R
     start = 0
     for block in group_blocks:
         rows = slice(start, start := start + block.rows)
-        for place, router in enumerate(members):
+        for column, router in enumerate(members):
             found = block.ids.get(router)
             if found is None or router in block.lost:
-                lost[rows, place] = True
+                lost[rows, column] = True
                 continue
-            part = ids[rows, place, : found.shape[1]]
+            part = ids[rows, column, : found.shape[1]]
             part[...] = found
             if found.dtype != kind:
                 part[found == np.iinfo(found.dtype).max] = np.iinfo(kind).max
             if weights is not None and router in block.weights:
-                weights[rows, place, : found.shape[1]] = block.weights[router]
+                weights[rows, column, : found.shape[1]] = block.weights[router]
     return RecordedRoutes(
         expert_ids=ids,
         layers=tuple(layers.names[router] for router in members),

@@ -56,11 +56,11 @@ class ForwardTokens:
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the shipped parts on the host. Waits for the copy."""
         if self._pending is not None:
-            copy, copied, places = self._pending
+            copy, copied, slices = self._pending
             if copied is not None:
                 copied.synchronize()
             flat = copy.numpy()
-            self._host |= {name: flat[place].copy() for name, place in places.items()}
+            self._host |= {name: flat[part].copy() for name, part in slices.items()}
             self._pending = None
         return self._host
 
@@ -76,12 +76,12 @@ def ship_tokens(forwards: Iterable[ForwardTokens]) -> None:
         with on_stream(found[0][-1], stream):
             (copy,), copied = copies_on_host([torch.cat([part for _, _, part in found])])
         start = 0
-        places: dict[ForwardTokens, dict[str, slice]] = {}
+        slices: dict[ForwardTokens, dict[str, slice]] = {}
         for tokens, name, part in found:
-            places.setdefault(tokens, {})[name] = slice(start, start := start + len(part))
-        for tokens, own in places.items():
+            slices.setdefault(tokens, {})[name] = slice(start, start := start + len(part))
+        for tokens, own_slices in slices.items():
             tokens.arrays()  # first collect parts from another device
-            tokens._pending = (copy, copied, own)
+            tokens._pending = (copy, copied, own_slices)
 
 
 def look_at_tokens(
@@ -103,16 +103,16 @@ def look_at_tokens(
 def _describe(
     inputs: ModelInputs, args: Any, kwargs: dict[str, Any], padding_T: Tensor | None, token_ids: bool
 ) -> ForwardTokens:
-    given = inputs.tokens(args, kwargs)
-    if given is None:
-        given = _unnamed(inputs, args, kwargs)
-        if given is None:
+    tensor = inputs.tokens(args, kwargs)
+    if tensor is None:
+        tensor = _unnamed(inputs, args, kwargs)
+        if tensor is None:
             return ForwardTokens()
-    flat = given.dim() == 1
-    rows, length = (1, given.shape[0]) if flat else (given.shape[0], given.shape[1])
+    flat = tensor.dim() == 1
+    rows, length = (1, tensor.shape[0]) if flat else (tensor.shape[0], tensor.shape[1])
     tokens, parts = ForwardTokens(rows, length, flat), {}
     if token_ids:
-        ids = inputs.given(args, kwargs, _IDS) if given.is_floating_point() else given
+        ids = inputs.given(args, kwargs, _IDS) if tensor.is_floating_point() else tensor
         if isinstance(ids, Tensor) and ids.numel() == tokens.count:
             parts["token_ids"] = _flat(ids)
     positions = inputs.given(args, kwargs, inputs.position_names)
@@ -124,7 +124,7 @@ def _describe(
     if padding_T is not None and padding_T.numel() == tokens.count:
         parts["padding"] = _flat(padding_T)
     _set_earlier(tokens, parts, inputs, args, kwargs)
-    tokens.parts, tokens.stream = parts, stream_of_now(given)
+    tokens.parts, tokens.stream = parts, stream_of_now(tensor)
     return tokens
 
 

@@ -74,9 +74,9 @@ class ExpertsTap(Tap):
     """`forward_modular` in the form of an experts module, called with (x, ids, weights, other arguments)."""
 
     def redirect(self, *args: Any, **kwargs: Any) -> Any:
-        given = self._named(args, kwargs)
-        x, weights, ids = given.pop("x"), given.pop("topk_weights"), given.pop("topk_ids")
-        return self(x, ids, weights, given)
+        arguments = self._named(args, kwargs)
+        x, weights, ids = arguments.pop("x"), arguments.pop("topk_weights"), arguments.pop("topk_ids")
+        return self(x, ids, weights, arguments)
 
     def forward(self, x: Any, ids: Any, weights: Any, others: dict[str, Any]) -> Any:
         return self.method(x=x, topk_weights=weights, topk_ids=ids, **others)
@@ -173,10 +173,10 @@ def remove_taps(model: nn.Module) -> None:
 
 def read_vllm(call: Call) -> RouterOutput:
     """Read ids and weights as the experts received them, and the logits that the router received."""
-    given, output = call.experts_args, call.router_output
-    if given is None or len(given) < 3:
+    arguments, output = call.experts_args, call.router_output
+    if arguments is None or len(arguments) < 3:
         raise AdapterMismatch("expected forward_modular to follow select_experts; it was not called")
-    index, weights, logits = given[1], given[2], output[0]
+    index, weights, logits = arguments[1], arguments[2], output[0]
     require_2d("topk_ids", index, integer=True)
     require_2d("topk_weights", weights)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != index.shape[0]:
@@ -200,8 +200,8 @@ def read_balanced(call: Call, *, runner: Any, num_slots: int) -> RouterOutput:
 def vllm_columns(outputs: Sequence[Any], experts_args: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
     """Read many calls like `read_vllm`."""
     return (
-        [given[1] for given in experts_args],
-        [given[2] for given in experts_args],
+        [arguments[1] for arguments in experts_args],
+        [arguments[2] for arguments in experts_args],
         [output[0] for output in outputs],
     )
 
