@@ -96,10 +96,8 @@ def _own_elements(module: nn.Module) -> int:
     if rows and columns:  # also correct if the weight is packed
         return rows * columns if "weight" in module._parameters else 0
     # Other 2-D parameters are excluded: some families have a selection bias of shape [1, E].
-    parameters = {name: p for name, p in module._parameters.items() if p is not None}
-    return sum(
-        p.numel() for name, p in parameters.items() if p.dim() == 3 or (p.dim() == 2 and name == "weight")
-    )
+    named = {name: p for name, p in module._parameters.items() if p is not None}
+    return sum(p.numel() for name, p in named.items() if p.dim() == 3 or (p.dim() == 2 and name == "weight"))
 
 
 def _elements_of_one_expert(experts: nn.Module, num_experts: int) -> int:

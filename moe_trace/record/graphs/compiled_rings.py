@@ -254,11 +254,11 @@ class ModelRings:
                 counter.describe(batch)
 
     def _allocate(self, site: SiteRings, kind: Kind, top_k: int, classes: int) -> None:
-        info = self._routers[self.sites.index(site)].info
+        template = self._routers[self.sites.index(site)].info
         make: Any = IdsRing if kind in ROOMS else GraphRing
         for other, router in zip(self.sites, self._routers, strict=True):
             # Allocate for all routers alike at once: a layer whose ring appeared later could not share code.
-            same_shape = all(getattr(router.info, key) == getattr(info, key) for key in _SHAPE_FIELDS)
+            same_shape = all(getattr(router.info, key) == getattr(template, key) for key in _SHAPE_FIELDS)
             if same_shape and getattr(other, kind) is None:
                 counter = self._counter(device_of(router.router))
                 sizes: dict[str, Any] = {"num_experts": site.num_experts or classes, "top_k": top_k}

@@ -99,9 +99,9 @@ def describe(notes: LaunchNotes, places: Mapping[str, Mapping[str, Place]]) -> C
     known = {node.name: node for node in notes.nodes}
     part_of = {node.name: _part_of(node, places) for node in notes.nodes}
     if notes.problem:
-        parts = tuple(dict.fromkeys(part for part in part_of.values() if part is not None))
+        all_parts = tuple(dict.fromkeys(part for part in part_of.values() if part is not None))
         return CompiledGraph(
-            parts=parts, launches=(), backward=notes.backward, problem=notes.problem, key=notes.key
+            parts=all_parts, launches=(), backward=notes.backward, problem=notes.problem, key=notes.key
         )
     listed = Counter(name for launch in launches for name in set(launch.nodes))
     libraries = {launch.nodes[0] for launch in launches if launch.nodes and not _is_generated(launch)}
