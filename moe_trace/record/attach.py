@@ -57,12 +57,12 @@ def _wrap_methods(prof: Any) -> None:
     for name in _PATCHED[:3]:
         method = getattr(prof, name, None)
         if method is not None:
-            setattr(prof, name, _marking(prof, name, method))
+            setattr(prof, name, _wrap_marking(prof, name, method))
     export = prof.export_chrome_trace
 
     @functools.wraps(export)
     def export_and_merge(path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        _export_as_asked(lambda plain: export(plain, *args, **kwargs), path, prof)
+        _export_or_warn(lambda plain: export(plain, *args, **kwargs), path, prof)
 
     prof.export_chrome_trace = export_and_merge
 
@@ -80,7 +80,7 @@ def detach_tracer(prof: Any, tracer: Tracer) -> None:
         prof.__dict__.update(methods)
 
 
-def _marking(prof: Any, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_marking(prof: Any, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def mark_and_call(*args: Any, **kwargs: Any) -> Any:
         recorded, action = profiler_is_recording(), getattr(prof, "current_action", None)
@@ -112,7 +112,7 @@ class _NotBegun(OutputError):
     """The output file cannot be created. The trace, which can be exported only once, is not exported yet."""
 
 
-def _export_as_asked(export: Callable[[str], None], path: str | os.PathLike[str], prof: Any) -> None:
+def _export_or_warn(export: Callable[[str], None], path: str | os.PathLike[str], prof: Any) -> None:
     tracers = attached_tracers(prof)
     by_user = None in tracers.values()
     if not by_user and not any(any(tracer.calls_by_router().values()) for tracer in tracers):

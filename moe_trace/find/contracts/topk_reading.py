@@ -37,7 +37,7 @@ def read_topk_experts(call: Call) -> RouterOutput:
                 return RouterOutput(index, weights, logits)
         except AttributeError:
             pass  # not tensors, which is reported below
-    return _explain_or_read(call, logits)
+    return _read_checked(call, logits)
 
 
 def _logits(call: Call) -> Any:
@@ -45,7 +45,7 @@ def _logits(call: Call) -> Any:
     return output[0] if isinstance(output, tuple) and output else output
 
 
-def _explain_or_read(call: Call, logits: Any) -> RouterOutput:
+def _read_checked(call: Call, logits: Any) -> RouterOutput:
     """Read a call step by step, with an error that names what does not match."""
     index, weights = _choice(call)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] < index.shape[0]:
@@ -54,10 +54,10 @@ def _explain_or_read(call: Call, logits: Any) -> RouterOutput:
         )
     if not logits.is_floating_point():
         raise AdapterMismatch(f"expected logits to be floating-point numbers, found {described(logits)}")
-    return _of_all_tokens(index, weights, logits)
+    return _pad_to_all_tokens(index, weights, logits)
 
 
-def _of_all_tokens(index: Tensor, weights: Tensor, logits: Tensor) -> RouterOutput:
+def _pad_to_all_tokens(index: Tensor, weights: Tensor, logits: Tensor) -> RouterOutput:
     """Pad to all tokens if the experts received fewer, without logits: it is unknown which are theirs."""
     if logits.shape[0] <= index.shape[0]:
         return RouterOutput(index, weights, logits)
@@ -77,7 +77,7 @@ def read_watched_logits(call: Call) -> RouterOutput:
     index, weights = _choice(call)
     if not isinstance(logits, Tensor):
         return RouterOutput(index, weights, None)
-    return _of_all_tokens(index, weights, logits.reshape(-1, logits.shape[-1]))
+    return _pad_to_all_tokens(index, weights, logits.reshape(-1, logits.shape[-1]))
 
 
 def choice_inside_reader(experts: nn.Module) -> Callable[[Call], RouterOutput]:
@@ -85,12 +85,14 @@ def choice_inside_reader(experts: nn.Module) -> Callable[[Call], RouterOutput]:
     choose: Any = unwrapped(experts).route_tokens_to_experts
 
     def read(call: Call) -> RouterOutput:
-        given = (*(call.experts_args or ()), *call.experts_kwargs.values())
-        if len(given) != 2 or not isinstance(given[1], Tensor) or given[1].dim() != 2:
-            raise AdapterMismatch(f"expected experts(hidden_states, logits [T, E]), found {described(given)}")
+        arguments = (*(call.experts_args or ()), *call.experts_kwargs.values())
+        if len(arguments) != 2 or not isinstance(arguments[1], Tensor) or arguments[1].dim() != 2:
+            raise AdapterMismatch(
+                f"expected experts(hidden_states, logits [T, E]), found {described(arguments)}"
+            )
         with overhead_range():
-            index, weights = choose(given[1])
-        return RouterOutput(index, weights, given[1])
+            index, weights = choose(arguments[1])
+        return RouterOutput(index, weights, arguments[1])
 
     return read
 
@@ -190,21 +192,21 @@ def _combined_choice(
     rows, slots = [i.shape[0] for i, _ in choices], [i.shape[1] for i, _ in choices]
     with overhead_range():
         if len(set(slots)) == 1 and sum(rows) == tokens:
-            return _joined(choices, dim=0)
+            return _concatenate(choices, dim=0)
         if set(rows) != {tokens}:
             raise AdapterMismatch(
                 f"expected the {len(choices)} calls of the experts to make up {tokens} tokens, found {rows}"
             )
         if sum(slots) == top_k or len(set(slots)) > 1:
-            return _joined(choices, dim=1)
-        return _slots_of_any(choices, experts)
+            return _concatenate(choices, dim=1)
+        return _merge_slots(choices, experts)
 
 
-def _joined(choices: Sequence[tuple[Tensor, Tensor]], *, dim: int) -> tuple[Tensor, Tensor]:
+def _concatenate(choices: Sequence[tuple[Tensor, Tensor]], *, dim: int) -> tuple[Tensor, Tensor]:
     return torch.cat([i for i, _ in choices], dim), torch.cat([w for _, w in choices], dim)
 
 
-def _slots_of_any(choices: Sequence[tuple[Tensor, Tensor]], experts: int) -> tuple[Tensor, Tensor]:
+def _merge_slots(choices: Sequence[tuple[Tensor, Tensor]], experts: int) -> tuple[Tensor, Tensor]:
     """Take each slot from the first call in which it was not masked out."""
     index, weights = choices[0]
     for other_index, other_weights in choices[1:]:

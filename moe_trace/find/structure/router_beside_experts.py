@@ -73,16 +73,14 @@ def _inspect(block: nn.Module) -> Found | str | None:
     if len(holders) != 1:
         return f"{', '.join(holders)} may each be its experts" if holders else None
     holder = unwrapped(children[holders[0]])
-    local = experts_held(holder)
-    routers = routers or _gates(children, holder, local)
+    held = experts_held(holder)
+    routers = routers or _gates(children, holder, held)
     if len(routers) != 1:
-        return _router_problem(block, routers, local)
+        return _router_problem(block, routers, held)
     given = children[routers[0]]
     classes = router_classes(unwrapped(given))
-    if classes < 2 or classes % local:  # under expert parallelism, ranks hold equal parts
-        return (
-            f"its router `{routers[0]}` has {classes or 'an unknown number of'} classes for {local} experts"
-        )
+    if classes < 2 or classes % held:  # under expert parallelism, ranks hold equal parts
+        return f"its router `{routers[0]}` has {classes or 'an unknown number of'} classes for {held} experts"
     return _found(block, routers[0], given, children[holders[0]], classes)
 
 

@@ -66,11 +66,11 @@ class OpenRanges:
 
     def want(self, thread: int) -> None:
         """Open ranges for the forward that the calling thread begins, because a profiler records it."""
-        self.wanted, own = True, self._on(thread)
+        self.wanted, own = True, self._thread_slots(thread)
         if enter_private is not None and not _public_alone:
             self.thread, self.own = thread, own
 
-    def _on(self, thread: int) -> list[Any]:
+    def _thread_slots(self, thread: int) -> list[Any]:
         return self.opened.get(thread) or self.opened.setdefault(thread, [None] * len(self.slots))
 
     def open(self, name: str, thread: int) -> None:
@@ -80,7 +80,7 @@ class OpenRanges:
                 return
             if thread in self.quiet:
                 return
-        own, slot = self._on(thread), self.slots[name]
+        own, slot = self._thread_slots(thread), self.slots[name]
         own[slot] = own[slot], enter_range(name, publicly=bool(_public_alone))
 
     def close(self, name: str, thread: int) -> None:

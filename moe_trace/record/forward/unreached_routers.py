@@ -24,19 +24,19 @@ class MissingSites:
         self._model = model
         self._sites = sites
         self._expected: set[int] = set()
-        self._usual: Collection[int] | None = None
+        self._last_complete: Collection[int] | None = None
         """The expected sites, as the object that the last complete forward reported."""
         self._towers = [re.split(r"\.\d+\.", f".{site.name}")[0] for site in sites]
 
     def look(self, parts: Sequence[Collection[int]]) -> None:
         """Compare the sites that a recorded forward reached with the expected ones."""
-        if len(parts) == 1 and parts[0] is self._usual:
+        if len(parts) == 1 and parts[0] is self._last_complete:
             return
         reached = set(chain.from_iterable(parts))
         if reached == self._expected:
-            self._usual = parts[0] if len(parts) == 1 else None
+            self._last_complete = parts[0] if len(parts) == 1 else None
             return
-        self._usual = None
+        self._last_complete = None
         missing = self._expected - reached
         towers = {self._towers[index] for index in reached}
         for index in missing:

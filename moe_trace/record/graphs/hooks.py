@@ -77,7 +77,7 @@ class TracedSite:
         if self.call is not None:
             self._write()
         elif self._fused_block and not self._written and output is not None:
-            self._put(self._site.read_block, args, output)
+            self._read_and_write(self._site.read_block, args, output)
 
     def take(self) -> Call | None:
         """Return and clear the call in progress, whose router was compiled and whose experts run eagerly."""
@@ -88,9 +88,9 @@ class TracedSite:
         call, self.call = self.call, None
         if self._fused_block:
             self._written = True
-        self._put(self._read, call)
+        self._read_and_write(self._read, call)
 
-    def _put(self, read: Any, *given: Any) -> None:
+    def _read_and_write(self, read: Any, *given: Any) -> None:
         try:
             reading: RouterOutput = read(*given)
         except Exception:  # no error may abort the tracing of the user's code

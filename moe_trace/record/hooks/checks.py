@@ -55,7 +55,7 @@ class EventChecks:
         self._awaits_backward = False
         self.has_looked = False
         """Whether any event that is not joined was inspected."""
-        self._natives: dict[int, int] = {}
+        self._native_ids: dict[int, int] = {}
         self._log, self._forwards, self._routers = log, forwards, routers
         self._outside, self._join_passed, self._end_backward = outside, join_passed, end_backward
 
@@ -77,7 +77,7 @@ class EventChecks:
             noted = len(self._log.items) - self._log.waiting
             if noted > WIDTH * _EVENTS_MAX or self._kept_bytes > KEPT_BYTES_MAX:
                 self._join_passed()
-            self._natives[thread] = threading.get_native_id()
+            self._native_ids[thread] = threading.get_native_id()
             if self._forwards.of(thread) is not None:
                 return event
             if captures_now() and self._is_captured(site, event[3]):
@@ -113,10 +113,10 @@ class EventChecks:
 
     def native_id(self, thread: int, context: ForwardContext) -> int:
         """Return the native id of a thread, which may be assisting the forward's own."""
-        if thread not in self._natives:
+        if thread not in self._native_ids:
             alive = {t.ident: t.native_id for t in threading.enumerate()}
             return alive.get(thread) or context.thread
-        return self._natives[thread]
+        return self._native_ids[thread]
 
 
 def _detached(value: Any) -> Any:
