@@ -87,8 +87,8 @@ def _lost_calls(lost: Lost) -> list[str]:
         notes.append(
             f"{max(lost.not_reached.values())} forwards did not reach the hooks of {len(lost.not_reached)} "
             f"routers that earlier ones did ({_first_names(list(lost.not_reached))}): their modules were "
-            "replaced or not run, or recording was stopped before; make a new MoETracer after changing the model, and "
-            "stop it between two forwards"
+            "replaced or not run, or recording was stopped before; make a new MoETracer after changing the "
+            "model, and stop it between two forwards"
         )
     if lost.experts_without_router:
         notes.append(
