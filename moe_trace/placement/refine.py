@@ -96,10 +96,10 @@ class _Search:
             cost -= (eighth_power(hot_load)[:, None] + eighth_power(other))[:, None]
         return cost
 
-    def _change_of_cost(self, layers: Ints, mine: Ints, theirs: Ints) -> Floats:
+    def _change_of_cost(self, layers: Ints, given: Ints, received: Ints) -> Floats:
         """Return the change of cost by one swap per layer, in double precision."""
-        a, b = self.loads[layers, self.bin_I[mine]], self.loads[layers, self.bin_I[theirs]]
-        change = self.values[layers, theirs] - self.values[layers, mine]
+        a, b = self.loads[layers, self.bin_I[given]], self.loads[layers, self.bin_I[received]]
+        change = self.values[layers, received] - self.values[layers, given]
         before, after = eighth_power(a) + eighth_power(b), eighth_power(a + change) + eighth_power(b - change)
         difference: Floats = (after - before).sum(axis=1)
         return difference
@@ -115,18 +115,18 @@ class _Search:
         )  # the other bin already has what it would get
         return in_hot_bin[:, None] | in_other_bin
 
-    def _exchange(self, layers: Ints, mine: Ints, theirs: Ints) -> None:
-        a, b = self.bin_I[mine], self.bin_I[theirs]
-        change = self.values[layers, theirs] - self.values[layers, mine]
+    def _exchange(self, layers: Ints, given: Ints, received: Ints) -> None:
+        a, b = self.bin_I[given], self.bin_I[received]
+        change = self.values[layers, received] - self.values[layers, given]
         self.loads[layers, a] += change
         self.loads[layers, b] -= change
         if self.owners is not None:
-            for slots, source, target in ((mine, a, b), (theirs, b, a)):
+            for slots, source, target in ((given, a, b), (received, b, a)):
                 owner = self.owners[layers, slots]
                 self.held[layers, owner, source] -= 1
                 self.held[layers, owner, target] += 1
         for array in (self.items, self.values, self.owners):
             if array is not None:
-                kept = array[layers, mine].copy()
-                array[layers, mine] = array[layers, theirs]
-                array[layers, theirs] = kept
+                kept = array[layers, given].copy()
+                array[layers, given] = array[layers, received]
+                array[layers, received] = kept

@@ -73,10 +73,10 @@ def insert_addition(file: BinaryIO, offset: int, addition: bytes) -> None:
         raise
 
 
-def _restore(file: BinaryIO, offset: int, rest: bytes) -> None:
+def _restore(file: BinaryIO, offset: int, tail: bytes) -> None:
     """Write back the original bytes, which fit because they were there before."""
     file.seek(offset)
-    file.write(rest)
+    file.write(tail)
     file.truncate()
     file.flush()
 

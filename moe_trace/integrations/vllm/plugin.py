@@ -72,9 +72,9 @@ def _serve_metrics() -> None:
         _warn(repr(error))
 
 
-def _warn(what: str) -> None:
+def _warn(problem: str) -> None:
     import logging
 
     logging.getLogger("vllm.moe_trace").warning(
-        "moe_trace does not fit this vLLM, which runs on as without it: %s", what
+        "moe_trace does not fit this vLLM, which runs on as without it: %s", problem
     )

@@ -140,9 +140,9 @@ def balance(part: TraceSummary) -> dict[str, Any]:
     return {"sentence": sentence + waiting, "figures": figures, "rows": rows}
 
 
-def _sum_over_calls(told: Sequence[ImbalanceCost], name: str) -> float:
+def _sum_over_calls(costs: Sequence[ImbalanceCost], name: str) -> float:
     """Sum over all calls. The layers share one fit, so their errors add up and no interval is too narrow."""
-    return sum((getattr(cost, name) or 0.0) * cost.calls for cost in told)
+    return sum((getattr(cost, name) or 0.0) * cost.calls for cost in costs)
 
 
 def _waiting(part: TraceSummary) -> str:

@@ -123,7 +123,7 @@ def exchange_times(
 def _exchange_time(
     key: tuple[int, str, str, int],
     calls: Sequence[Collective],
-    of: RankCalls,
+    rank_calls: RankCalls,
     own_wait: Mapping[tuple[int, int], int],
 ) -> ExchangeTime:
     _, site, part, rank = key
@@ -131,7 +131,7 @@ def _exchange_time(
     known = len(waits) == len(calls)
     times = [c.time_ns for c in calls if c.time_ns is not None]
     time_ns, wait_ns = sum(times), sum(waits)
-    leaving = _sum([_bytes_leaving(c, of) for c in calls])
+    leaving = _sum([_bytes_leaving(c, rank_calls) for c in calls])
     moving_ns = time_ns - wait_ns if known else time_ns
     has_rate = leaving is not None and moving_ns > 0 and len(times) == len(calls)
     return ExchangeTime(
@@ -154,14 +154,16 @@ def _sum(numbers: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(numbers) else None
 
 
-def _bytes_leaving(collective: Collective, of: RankCalls) -> int | None:
+def _bytes_leaving(collective: Collective, rank_calls: RankCalls) -> int | None:
     if collective.facts.kind != "all_to_all":
         return collective.bytes_in
-    group = collective.facts.group or (of.parallel.expert_ranks if of.parallel is not None else ())
+    group = collective.facts.group or (
+        rank_calls.parallel.expert_ranks if rank_calls.parallel is not None else ()
+    )
     split = split_bytes(collective, "in", len(group))
-    if split is None or of.rank not in group:
+    if split is None or rank_calls.rank not in group:
         return None
-    return sum(split) - split[group.index(of.rank)]
+    return sum(split) - split[group.index(rank_calls.rank)]
 
 
 def account(waits: Sequence[Wait], ranks: Sequence[int]) -> dict[int, float]:

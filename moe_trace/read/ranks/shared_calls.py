@@ -149,14 +149,14 @@ def match_calls(ranks: Sequence[RankCalls]) -> tuple[list[SharedCalls], list[str
     return matched, refused
 
 
-def _key(collective: Collective, of: RankCalls) -> _Key | None:
+def _key(collective: Collective, rank_calls: RankCalls) -> _Key | None:
     facts = collective.facts
     group = facts.group
-    if group is None and collective.role is not None and of.parallel is not None:
-        group = of.parallel.expert_ranks or None
-    if group is None and len(of.groups) == 1:
-        (group,) = of.groups
-    if group is None or len(group) < 2 or of.rank not in group:
+    if group is None and collective.role is not None and rank_calls.parallel is not None:
+        group = rank_calls.parallel.expert_ranks or None
+    if group is None and len(rank_calls.groups) == 1:
+        (group,) = rank_calls.groups
+    if group is None or len(group) < 2 or rank_calls.rank not in group:
         return None
     return _Key(facts.group_name or "", group, facts.kind)
 

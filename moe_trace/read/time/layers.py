@@ -264,5 +264,5 @@ def _model_passes(around: TraceTotals) -> tuple[float | None, float | None]:
     return model - backward - optimizer, backward
 
 
-def _ratio(part: float | None, whole: float | None) -> float | None:
-    return part / whole if part is not None and whole else None
+def _ratio(part: float | None, total: float | None) -> float | None:
+    return part / total if part is not None and total else None

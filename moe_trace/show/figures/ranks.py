@@ -148,9 +148,17 @@ def exchange_bars(report: RankReport) -> Figure:
     )
 
 
-def _exchange_row(one: ExchangeTime) -> tuple[Cell, ...]:
-    moved = (one.calls, one.bytes_in, one.bytes_leaving)
-    return (one.site, one.part, f"rank {one.rank}", *moved, one.time_us, one.wait_us, one.gb_per_s)
+def _exchange_row(exchange: ExchangeTime) -> tuple[Cell, ...]:
+    moved = (exchange.calls, exchange.bytes_in, exchange.bytes_leaving)
+    return (
+        exchange.site,
+        exchange.part,
+        f"rank {exchange.rank}",
+        *moved,
+        exchange.time_us,
+        exchange.wait_us,
+        exchange.gb_per_s,
+    )
 
 
 def _moving_and_waiting(members: Sequence[ExchangeTime]) -> tuple[float | None, float | None]:

@@ -45,14 +45,14 @@ def _sentence(model: LoadModel) -> str:
     )
 
 
-def _table(told: Sequence[ImbalanceCost], *, ranks: bool) -> str:
+def _table(costs: Sequence[ImbalanceCost], *, ranks: bool) -> str:
     rows = [
         (
             *(cost.site, cost.measured_us, cost.equal_load_us, cost.cost_us),
             f"{number(cost.low_us)} to {number(cost.high_us)}",
             "most even" if cost.cost_us == 0 else cost.verdict,
         )
-        for cost in told
+        for cost in costs
     ]
     against = "mean rank" if ranks else "at most even"
     title = "Experts' time of one forward call in µs, and at the most even load of the trace"

@@ -139,16 +139,16 @@ class _HostForwards:
         return Placement(host={"graph": event.span}, device={"graph": device} if device is not None else {})
 
     def _launch_of(
-        self, name: str, event: RangeEvent, inside: Sequence[Launch], whole: Placement
+        self, name: str, event: RangeEvent, inside: Sequence[Launch], forward: Placement
     ) -> Launch | None:
         """Return the only launch with this router in it, or the only one if nothing else can have written."""
         known = [launch for launch in inside if name in self._replays.parts_of(launch)]
         if len(known) == 1:
             return known[0]
-        if known or len(inside) != 1 or "graph" not in whole.device:
+        if known or len(inside) != 1 or "graph" not in forward.device:
             return None
         written_elsewhere = self._replays.launches.written_beside(
-            event.span, whole.device["graph"], event.tid
+            event.span, forward.device["graph"], event.tid
         )
         return None if written_elsewhere else inside[0]
 

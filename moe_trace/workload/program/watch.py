@@ -201,10 +201,10 @@ class Watch:
             self._safely(tracer.start)
 
     @staticmethod
-    def _safely(do: Callable[[], None]) -> None:
+    def _safely(action: Callable[[], None]) -> None:
         """Keep the program running if we fail."""
         try:
-            do()
+            action()
         except Exception as error:
             print(f"moe-trace: {error}", file=sys.stderr)
 

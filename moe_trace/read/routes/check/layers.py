@@ -61,8 +61,8 @@ def equal_layers(
                 break
 
 
-def _share(one: np.ndarray, two: np.ndarray) -> float:
-    return float((one == two).all(1).mean())
+def _share(ids: np.ndarray, other_ids: np.ndarray) -> float:
+    return float((ids == other_ids).all(1).mean())
 
 
 def moved_layers(routes: RecordedRoutes, reference: RecordedRoutes) -> Iterator[tuple[int, np.ndarray, str]]:

@@ -125,15 +125,15 @@ def _hashed(rows: np.ndarray) -> np.ndarray:
     return hashed
 
 
-def _share_of_equal_rows(one_TK: np.ndarray, two_TK: np.ndarray) -> np.ndarray:
+def _share_of_equal_rows(ids_TK: np.ndarray, other_TK: np.ndarray) -> np.ndarray:
     """Return for each row of the first the share of the second's rows that equal it, [T]."""
-    hashes = _hashed(np.concatenate([one_TK, two_TK]))
+    hashes = _hashed(np.concatenate([ids_TK, other_TK]))
     _, places = np.unique(hashes, return_inverse=True)
-    counts = np.bincount(places[len(one_TK) :], minlength=int(places.max()) + 1)
-    share: np.ndarray = counts[places[: len(one_TK)]] / len(one_TK)
+    counts = np.bincount(places[len(ids_TK) :], minlength=int(places.max()) + 1)
+    share: np.ndarray = counts[places[: len(ids_TK)]] / len(ids_TK)
     return share
 
 
-def _exceeds_chance(count: int, chance: float, of: int) -> bool:
-    expected = chance * of
+def _exceeds_chance(count: int, chance: float, total: int) -> bool:
+    expected = chance * total
     return count > expected + _SIGMAS * float(np.sqrt(expected * max(0.0, 1 - chance)))
