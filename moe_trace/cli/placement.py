@@ -47,22 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks",
         default="8",
         metavar="8,16,64",
-        help="numbers of ranks, each a divisor of the number of experts (default: 8)",
+        help="numbers of ranks, divisors of the experts (default: 8)",
     )
-    add(
-        "--nodes",
-        type=int,
-        default=1,
-        metavar="N",
-        help="number of nodes that the ranks are spread over (default: 1)",
-    )
+    add("--nodes", type=int, default=1, metavar="N", help="nodes that the ranks are spread over (default: 1)")
     add("--replicas", type=int, default=1, metavar="R", help="slots per rank for extra copies (default: 1)")
-    add(
-        "--groups",
-        type=int,
-        metavar="G",
-        help="number of expert groups, each kept on one node (group routing)",
-    )
+    add("--groups", type=int, metavar="G", help="expert groups, each kept on one node (group routing)")
     add(
         "--hedge",
         action="store_true",

@@ -151,12 +151,8 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     modes = "one forward per step, text generation, or training (default: prefill)"
     add("--mode", choices=("prefill", "generate", "train"), default=d.mode, help=modes)
     add("--prompt", metavar="TEXT", help="input text (default: the demo's texts, or one sentence)")
-    add(
-        "--prompts-file",
-        type=Path,
-        metavar="F",
-        help="file with one prompt per line, or JSON name -> text: one run per text",
-    )
+    prompts = "file with one prompt per line, or JSON name -> text: one run per text"
+    add("--prompts-file", type=Path, metavar="F", help=prompts)
     which = f"steps to record: a number, or a range from 0 (default: {d.steps}; {SCRIPT_STEPS} for a program)"
     add("--steps", type=parse_steps, metavar="N|A-B", help=which)
     before = f"steps to run before recording (default: {d.warmup}; 0 for a program)"
@@ -174,9 +170,8 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         metavar="0,3,L05",
         help="record only these routers: indices, labels or module paths (default: all)",
     )
-    add(
-        "--every", type=int, default=d.every, metavar="N", help=f"record every N-th step (default: {d.every})"
-    )
+    every = f"record every N-th step (default: {d.every})"
+    add("--every", type=int, default=d.every, metavar="N", help=every)
     add(
         "--routes",
         nargs="?",
@@ -200,20 +195,10 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
         ),
     )
     add = group.add_argument
-    add(
-        "--fsdp",
-        type=int,
-        default=d.fsdp,
-        metavar="N",
-        help="number of processes that shard the weights, each with its own tokens (FSDP 2)",
-    )
-    add(
-        "--tp",
-        type=int,
-        default=d.tp,
-        metavar="N",
-        help="number of processes that split the matrices and share the same tokens",
-    )
+    shards = "number of processes that shard the weights, each with its own tokens (FSDP 2)"
+    add("--fsdp", type=int, default=d.fsdp, metavar="N", help=shards)
+    splits = "number of processes that split the matrices and share the same tokens"
+    add("--tp", type=int, default=d.tp, metavar="N", help=splits)
     add(
         "--ep",
         type=int,

@@ -129,13 +129,8 @@ def balance(part: TraceSummary) -> dict[str, Any]:
             f"the trace. Here {saved_by(part.load_models)}"
         )
     rows = tuple(
-        {
-            "layer": layer_cost.site,
-            "us_per_call": layer_cost.cost_us,
-            "low_us": layer_cost.low_us,
-            "high_us": layer_cost.high_us,
-        }
-        for layer_cost in known_costs
+        {"layer": one.site, "us_per_call": one.cost_us, "low_us": one.low_us, "high_us": one.high_us}
+        for one in known_costs
     )
     return {"sentence": sentence + waiting, "figures": figures, "rows": rows}
 

@@ -74,9 +74,8 @@ def place_in_graphs(
     places = [known.get(row, samples[row].placement) for row in rows]
     table = placed.samples.take(np.array(rows, np.int64))
     table = timed(replace(table, places=Places.of(places, len(rows))))
-    untimed = [
-        why_untimed.get(row) for row, has_time in zip(rows, routers_timed(table), strict=True) if not has_time
-    ]
+    has_time = zip(rows, routers_timed(table), strict=True)
+    untimed = [why_untimed.get(row) for row, has in has_time if not has]
     unplaced = [why for why in found.values() if isinstance(why, str) and why != OTHER_TRACE]
     return replace(placed, samples=table, unplaced=_counts(unplaced), untimed=_counts(filter(None, untimed)))
 

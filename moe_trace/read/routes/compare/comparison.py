@@ -113,8 +113,7 @@ def compare_routes(a: RecordedRoutes, b: RecordedRoutes) -> RoutesComparison:
         differ_N |= differs_N
         same_N &= ~moved_N
     figures: dict[str, Any] = {
-        name: None if value is None else np.array([row[name] for row in rows])
-        for name, value in rows[0].items()
+        name: None if one is None else np.array([row[name] for row in rows]) for name, one in rows[0].items()
     }
     for name in ("layers", "num_experts", "top_k"):
         figures[name] = tuple(getattr(a, name)[layer] for layer, _ in aligned.layers)
