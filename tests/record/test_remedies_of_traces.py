@@ -110,8 +110,7 @@ def test_code_that_is_compiled_while_the_profiler_records(tmp_path: Path) -> Non
 
 
 def test_every_reason_is_in_one_of_these_lists() -> None:
-    assert {
-        name for name in vars(reasons) if name.isupper()
-    } == HERE | TESTED_ELSEWHERE.keys() | NOTHING_TO_DO
+    found = {name for name, value in vars(reasons).items() if name.isupper() and isinstance(value, str)}
+    assert found == HERE | TESTED_ELSEWHERE.keys() | NOTHING_TO_DO
     for name, file in TESTED_ELSEWHERE.items():
         assert f"reasons.{name}" in (ROOT / "tests" / file).read_text("utf-8")
