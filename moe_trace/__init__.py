@@ -34,7 +34,7 @@ _HOME = {
     "merge_into": "moe_trace.timeline.merge",
     "Routes": "moe_trace.data.routes.options",
     "RecordedRoutes": "moe_trace.data.routes.columns",
-    "read_routes": "moe_trace.data.routes.file",
+    "read_routes": "moe_trace.data.routes.reader",
     "read_recording": "moe_trace.read.reader",
     "read_summary": "moe_trace.read.reader",
     "ask": "moe_trace.read.ask",
@@ -93,8 +93,8 @@ __all__ = [
 if TYPE_CHECKING:
     from moe_trace.data.errors import MoETraceError, NoRoutersFound
     from moe_trace.data.routes.columns import RecordedRoutes
-    from moe_trace.data.routes.file import read_routes
     from moe_trace.data.routes.options import Routes
+    from moe_trace.data.routes.reader import read_routes
     from moe_trace.data.schema import RoutingSample
     from moe_trace.data.summary import Summary
     from moe_trace.find.contracts import AdapterMismatch, RouterOutput

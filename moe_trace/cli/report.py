@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _routes_of(prefix: str, path: str) -> RoutesPart | None:
     """Return the routes next to a trace as a part of the page; an unreadable file is reported and skipped."""
-    from moe_trace.data.routes.file import read_routes, routes_beside
+    from moe_trace.data.routes.reader import read_routes, routes_beside
     from moe_trace.show.figures.routes.report import routes_figures
     from moe_trace.show.routes_page import routes_part
 

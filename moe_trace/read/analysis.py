@@ -23,8 +23,8 @@ from moe_trace.read.findings.rules import find, find_apart
 from moe_trace.read.ranks.inputs import RankInput, Ranks
 from moe_trace.read.reduced.combine import combined, notes_alone, notes_of, read_all
 from moe_trace.read.reduced.trace import ReducedTrace
+from moe_trace.read.time.call_times import joined
 from moe_trace.read.time.imbalance import Imbalance, imbalance_costs
-from moe_trace.read.time.joined import joined
 from moe_trace.read.time.layers import PhaseReport, report_phases
 from moe_trace.read.time.outside_moe import total_work
 from moe_trace.read.time.peaks import Peak, PeakOverride, find_peak

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from moe_trace.data.lost import summed
+from moe_trace.data.lost_sums import summed
 from moe_trace.data.schema import Lost, RouterInfo
 from moe_trace.find.private.torch_names import frames_compiled
 from moe_trace.record.calls.recorder import Recorder

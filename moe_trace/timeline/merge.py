@@ -17,7 +17,7 @@ from moe_trace.data.codec import encode_recording
 from moe_trace.data.compiled_graph import CompiledGraph
 from moe_trace.data.errors import MoETraceError, NothingRecorded, TraceFileError
 from moe_trace.data.files import trace_path_error, whole_file
-from moe_trace.data.lost import add_lost
+from moe_trace.data.lost_sums import add_lost
 from moe_trace.data.schema import Lost, Recording, RouterInfo, RoutingSample, Span
 from moe_trace.data.trace_json.windows import EventBytes
 from moe_trace.timeline.additions import encode_addition, insert_addition, remove_additions

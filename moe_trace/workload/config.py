@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from moe_trace.data.errors import UsageError
-from moe_trace.data.routes.file import SUFFIX
 from moe_trace.data.routes.options import Routes
+from moe_trace.data.routes.reader import SUFFIX
 
 Mode = Literal["prefill", "generate", "train"]
 DTYPES = ("float32", "bfloat16", "float16")

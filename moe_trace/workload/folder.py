@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_trace.data.errors import OutputError
-from moe_trace.data.routes.file import SUFFIX
+from moe_trace.data.routes.reader import SUFFIX
 from moe_trace.read.file.folder import REDUCED_SUFFIX
 
 _TRACES = ("*.pt.trace.json", "*.pt.trace.json.gz")

@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Frame, Locator, Page, expect
 
 from moe_trace import RecordedRoutes
 from moe_trace.cli import main
-from moe_trace.data.routes.file import save_routes
+from moe_trace.data.routes.reader import save_routes
 from moe_trace.demo import DEMO_PROMPTS
 from moe_trace.read.routes.text.tokenizer import TOKENIZER
 from moe_trace.show.routes_page import render_routes_page

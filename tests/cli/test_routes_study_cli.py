@@ -37,7 +37,7 @@ def printed(capsys: Any, *arguments: str, code: int = 0) -> str:
 
 
 def read(path: str) -> Any:
-    from moe_trace.data.routes.file import read_routes
+    from moe_trace.data.routes.reader import read_routes
 
     return read_routes(path)
 

@@ -11,7 +11,7 @@ import pytest
 
 from moe_trace import RecordedRoutes
 from moe_trace.cli import main
-from moe_trace.data.routes.file import read_routes, save_routes
+from moe_trace.data.routes.reader import read_routes, save_routes
 from paths import DATA
 from tiny_routes import routes_of
 

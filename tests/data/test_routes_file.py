@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from moe_trace import RecordedRoutes, read_routes
 from moe_trace.data.errors import MoETraceError, OutputError
 from moe_trace.data.routes.columns import concatenate
-from moe_trace.data.routes.file import IncompleteRoutes, RoutesWriter, save_routes
+from moe_trace.data.routes.reader import IncompleteRoutes, RoutesWriter, save_routes
 
 BIG = 1 << 40
 
@@ -303,7 +303,7 @@ def test_hostile_files_give_one_line_and_take_no_memory(case: str, tmp_path: Pat
 def test_many_chunks_of_zeros_are_refused_before_they_expand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moe_trace.data.routes.file._FREE_BYTES", 1 << 22)
+    monkeypatch.setattr("moe_trace.data.routes.reader._FREE_BYTES", 1 << 22)
     routes = routes_of(1 << 18)
     for column in routes.columns().values():
         column[:] = 0

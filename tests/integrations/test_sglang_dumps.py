@@ -14,7 +14,7 @@ import torch
 
 from moe_trace.cli import main
 from moe_trace.data.errors import UsageError
-from moe_trace.data.routes.file import read_routes
+from moe_trace.data.routes.reader import read_routes
 from moe_trace.integrations.sglang.dumps import counts_of_dump, routes_of_dump
 
 LAYERS, EXPERTS, SLOTS, TOP_K = 3, 4, 6, 2

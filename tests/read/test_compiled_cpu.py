@@ -23,7 +23,7 @@ from moe_trace import read_summary
 from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch
 from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.read.file.trace_file import read_trace
-from moe_trace.read.time.joined import measure_all
+from moe_trace.read.time.call_times import measure_all
 from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
 from moe_trace.read.time.phases import CallTimes
 from moe_trace.timeline.correlate.compiled_launches import Stretch, match_operators

@@ -29,7 +29,7 @@ from moe_trace.data.trace_json.events import spans_ns
 from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.read.diff import compare
 from moe_trace.read.file.trace_file import read_trace
-from moe_trace.read.time.joined import measure_all
+from moe_trace.read.time.call_times import measure_all
 from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
 from moe_trace.read.time.phases import CallTimes
 from moe_trace.read.time.step_timeline import find_lanes

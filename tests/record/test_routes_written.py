@@ -67,7 +67,7 @@ def test_rows_are_streamed_to_a_file_which_is_whole_once_recording_ends(tmp_path
 
 def test_a_disk_that_fails_costs_routes_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moe_trace.data.errors import OutputError
-    from moe_trace.data.routes.file import RoutesWriter
+    from moe_trace.data.routes.reader import RoutesWriter
 
     def full(self: RoutesWriter, part: object) -> None:
         raise OutputError("disk full")

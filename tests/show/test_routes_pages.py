@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_trace import RecordedRoutes
-from moe_trace.data.routes.file import save_routes
+from moe_trace.data.routes.reader import save_routes
 from moe_trace.read.routes.cache import simulate
 from moe_trace.read.routes.study import study
 from moe_trace.read.routes.text.texts import find_texts

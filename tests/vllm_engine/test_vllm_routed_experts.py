@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_trace.cli import main
-from moe_trace.data.routes.file import read_routes
+from moe_trace.data.routes.reader import read_routes
 
 pytestmark = pytest.mark.timeout(600)
 SCRIPT = Path(__file__).with_name("captured_run.py")

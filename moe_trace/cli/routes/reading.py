@@ -22,7 +22,7 @@ ROUTES = ".routes.npz"
 
 def routes_of(path: str, arguments: argparse.Namespace) -> RecordedRoutes:
     """Read a file of routes, or a capture whose extension gives its format, and report what it lacks."""
-    from moe_trace.data.routes.file import IncompleteRoutes, read_routes
+    from moe_trace.data.routes.reader import IncompleteRoutes, read_routes
     from moe_trace.read.routes.interchange.files import ENDINGS, import_routes
 
     if Path(path).suffix in ENDINGS and not path.endswith(".npz"):

@@ -19,7 +19,7 @@ from moe_trace.data.calls.table import CallTable
 from moe_trace.data.codec import encode_recording
 from moe_trace.data.errors import NothingRecorded
 from moe_trace.data.files import whole_file
-from moe_trace.data.lost import add_lost
+from moe_trace.data.lost_sums import add_lost
 from moe_trace.data.schema import METADATA_KEY, Recording, RouterInfo
 from moe_trace.data.trace_json.stream import JsonStream, value_or_none
 from moe_trace.read.file.opening import Progress, open_trace_stream

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_trace.data.calls.table import CallTable
 from moe_trace.data.errors import SchemaError, TraceFileError
-from moe_trace.data.lost import add_lost
+from moe_trace.data.lost_sums import add_lost
 from moe_trace.data.schema import Recording, RouterInfo
 from moe_trace.data.trace_json.coverage import coverage_notes
 from moe_trace.read.file.opening import Progress

@@ -20,7 +20,7 @@ from moe_trace.read.file.trace_file import TraceFile, read_trace, split_ranks
 from moe_trace.read.ranks.collectives import work_coverage
 from moe_trace.read.ranks.inputs import RankInput, call_numbers
 from moe_trace.read.ranks.shared_calls import RankCalls, rank_calls
-from moe_trace.read.time.joined import measure_all, routers_busy_us, without_timed
+from moe_trace.read.time.call_times import measure_all, routers_busy_us, without_timed
 from moe_trace.read.time.outside_moe import TraceWork, step_ranges, trace_work
 from moe_trace.read.time.phases import CallTimes
 

@@ -17,7 +17,7 @@ from moe_trace.find.private.torch_names import enter_private, graph_task_id, str
 from moe_trace.record.forward.copied_models import HookOwner, detach_if_copy
 from moe_trace.record.forward.ranges import OpenRanges
 from moe_trace.record.hooks.events import BEGIN, EXPERTS, ROUTER, ROWS, EventLog, event_code
-from moe_trace.record.hooks.functions import MISSING, SiteObserver
+from moe_trace.record.hooks.site_observer import MISSING, SiteObserver
 
 
 def _without_hidden(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -30,10 +30,10 @@ from moe_trace.record.forward.unreached_routers import MissingSites
 from moe_trace.record.graphs.compiled import is_compiled
 from moe_trace.record.graphs.memory import captures_now
 from moe_trace.record.graphs.ring_reader import RingReader
+from moe_trace.record.hooks.all_sites import HookLevels
 from moe_trace.record.hooks.checks import KEPT_BYTES_MAX, bytes_of_token
 from moe_trace.record.hooks.entry_modules import ModelEntry
 from moe_trace.record.hooks.events import EventLog
-from moe_trace.record.hooks.levels import HookLevels
 from moe_trace.record.hooks.router_outputs import CallCollector
 from moe_trace.record.hooks.site import Level, SiteHooks
 from moe_trace.record.routes.recorder import RoutesRecorder

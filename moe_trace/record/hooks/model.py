@@ -16,14 +16,14 @@ from moe_trace.record.forward.steps import Steps
 from moe_trace.record.graphs.capture import CaptureNotes
 from moe_trace.record.graphs.compiled import compiled_parts
 from moe_trace.record.graphs.ring_reader import RingReader
+from moe_trace.record.hooks.all_sites import HookLevels
 from moe_trace.record.hooks.entry_modules import ModelEntry, entry_modules
 from moe_trace.record.hooks.events import CallClock, EventLog
 from moe_trace.record.hooks.fast_hooks import ListedExpert, PlainCalls, PlainRanges
 from moe_trace.record.hooks.forwards import ForwardWatch
-from moe_trace.record.hooks.functions import SiteObserver
-from moe_trace.record.hooks.levels import HookLevels
 from moe_trace.record.hooks.router_outputs import CallCollector
 from moe_trace.record.hooks.site import HooksOn, Level, SiteHooks
+from moe_trace.record.hooks.site_observer import SiteObserver
 from moe_trace.record.parallel.dispatch import DispatchInfo
 
 

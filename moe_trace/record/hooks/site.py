@@ -16,7 +16,7 @@ from moe_trace.record.forward.ranges import claim_ranges, release_ranges
 from moe_trace.record.graphs.compiled import give_stable_id
 from moe_trace.record.graphs.memory import cuda_is_used
 from moe_trace.record.hooks.fast_hooks import ListedExpert, PlainCalls, PlainRanges
-from moe_trace.record.hooks.functions import SiteObserver
+from moe_trace.record.hooks.site_observer import SiteObserver
 
 
 class Level(IntEnum):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moe_trace.data.errors import OutputError
 from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.data.routes.file import SUFFIX
+from moe_trace.data.routes.reader import SUFFIX
 from moe_trace.record.forward.isolation import warn_user
 from moe_trace.record.routes.recorder import RoutesRecorder
 

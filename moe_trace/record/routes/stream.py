@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moe_trace.data.errors import OutputError
 from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.data.routes.file import IncompleteRoutes, RoutesWriter, read_routes
+from moe_trace.data.routes.reader import IncompleteRoutes, RoutesWriter, read_routes
 from moe_trace.record.calls.refusals import CallNumbers
 from moe_trace.record.forward.isolation import warn_user
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moe_trace.data.errors import MoETraceError, TraceFileError
 from moe_trace.data.routes.columns import RecordedRoutes
-from moe_trace.data.routes.file import read_routes, routes_beside
+from moe_trace.data.routes.reader import read_routes, routes_beside
 from moe_trace.read.routes.study import study
 from moe_trace.read.routes.text.tokenizer import TOKENIZER, read_vocabulary
 from moe_trace.show.figures.routes.curves import domain_bars, saturation_curve
