@@ -1,8 +1,8 @@
 """Cost of the MoE layers' collectives on each rank: bytes, time, bandwidth, and waiting for the last rank.
 
-wait        last arrival of the group - own arrival, on the aligned clock bandwidth   bytes that leave the
-rank / (time of the collective - wait); 1 GB is 1e9 bytes lost        sum of the waits over ranks, all of it
-attributed to the rank that arrived last
+- wait: last arrival of the group - own arrival, on the aligned clock.
+- bandwidth: bytes that leave the rank / (time of the collective - wait); 1 GB is 1e9 bytes.
+- lost: sum of the waits over ranks, all of it attributed to the rank that arrived last.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Rewrite the events of one rank for a merged trace, with unique processes and ids and aligned times.
 
-process    keeps its id, unless another rank has it: then the next free one above the ids of Linux flow,
-External id, correlation    id x ranks + index of the rank, so that arrows and joins stay within it time
-+ (its base - the common base) + the offset of its clock, in whole nanoseconds names      "rank 3 python",
-"rank 3 GPU 0", sorted by rank, with all MoE bands together at the top
+- Processes keep their ids, unless another rank has the same one: then the next free id above those of Linux.
+- Ids of flows, `External id` and `correlation` become id x ranks + index of the rank, so that arrows and
+  joins stay within the rank.
+- Times get + (its base - the common base) + the offset of its clock, in whole nanoseconds.
+- Names become "rank 3 python", "rank 3 GPU 0", sorted by rank, with all MoE bands together at the top.
 """
 
 from __future__ import annotations

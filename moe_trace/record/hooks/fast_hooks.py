@@ -1,6 +1,6 @@
 """Hooks for most calls of most routers: they append to a list, open ranges, and do nothing else.
 
-Special cases are delegated to the general hooks (`functions.py`). The hooks of a site belong to a small
+Special cases are delegated to the general hooks (`site_observer.py`). The hooks of a site belong to a small
 object of their own, because the model evicts it from the processor's caches between two calls.
 """
 
