@@ -43,8 +43,9 @@ def band_events(placed: PlacedCalls, *, rank: int, tracks: Tracks = ("band",)) -
     yield _metadata("process_sort_index", {"sort_index": BAND_SORT_INDEX + rank}, placed.start_us, pid)
     for track in tracks:
         yield from _TRACKS[track](placed, pid)
-    yield from _replay_counters(placed.replays, pid)
-    lanes = [*_call_lanes(placed), *_replay_lanes(placed.replays)]
+    replays = placed.replays
+    yield from _replay_counters(replays, pid)
+    lanes = [*_call_lanes(placed), *_replay_lanes(replays)]
     for tid, (name, span, titles, args) in enumerate(lanes, start=1):
         yield _metadata("thread_name", {"name": name}, span[0, 0], pid, tid)
         yield _metadata("thread_sort_index", {"sort_index": tid}, span[0, 0], pid, tid)

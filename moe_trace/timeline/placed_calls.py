@@ -89,9 +89,9 @@ class PlacedCalls:
         """[N] clock of each call's spans, `device` or `host`."""
         return np.where(self.on_device, "device", "host")
 
-    @cached_property
+    @property
     def replays(self) -> Replays:
-        """Calls that share a graph or forward, in order of time."""
+        """Calls that share a graph or forward, in order of time; computed anew each time."""
         rows = self.having("graph")
         calls, graph_spans = self.calls.take(rows), self.spans["graph"][rows]
         launched = np.nan_to_num(calls.places.span("host", "graph"))

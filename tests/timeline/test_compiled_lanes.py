@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 from dataclasses import replace
@@ -15,12 +16,16 @@ from moe_trace import merge_into
 from moe_trace.data.calls.placements import Side
 from moe_trace.data.calls.table import CallTable, routers_timed
 from moe_trace.data.compiled_graph import BY_COMPILER
+from moe_trace.data.trace_json.events import EventTable
 from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.read.check import check, read_checked
 from moe_trace.read.file.trace_file import read_trace
 from moe_trace.read.time.call_times import measure_all
 from moe_trace.read.time.phase_detection import COMBINE, DISPATCH, EXPERTS, ROUTER
+from moe_trace.timeline.correlate.compiled_calls import CompiledCalls
 from moe_trace.timeline.correlate.reasons import FUSED
+from moe_trace.timeline.correlate.replays import Replays
+from moe_trace.timeline.placed_calls import PlacedCalls
 from paths import ROOT
 from spliced import recording_in, without_additions
 
@@ -66,6 +71,19 @@ def without_ranges_of_kernels(events: list[dict[str, Any]]) -> None:
 
 def busy_ns(calls: CallTable, kind: Any) -> list[int]:
     return np.rint(1000 * calls.places.busy(kind)).astype(np.int64).tolist()
+
+
+@pytest.mark.parametrize("name", ["without_graphs", "compiled_model"])
+def test_what_a_merge_reads_is_freed_without_a_garbage_collection(name: str, tmp_path: Path) -> None:
+    """Arrays in a reference cycle would wait for one, which large training jobs switch off."""
+    gc.collect()
+    gc.disable()
+    try:
+        merged(name, tmp_path)
+        kinds = (EventTable, PlacedCalls, CompiledCalls, Replays)
+        assert [type(thing) for thing in gc.get_objects() if type(thing) in kinds] == []
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", [*ONE_BY_ONE, *IN_GRAPHS, *ON_CPU])

@@ -199,7 +199,8 @@ class _Timeline:
             limit = block.span.end_us
         else:  # before the router is called again
             routers = self._starts["router", router.site, router.tid]
-            limit = min(routers[bisect_right(routers, router.span.start_us) :][:1], default=math.inf)
+            following = bisect_right(routers, router.span.start_us)
+            limit = routers[following] if following < len(routers) else math.inf
         return self._by_thread[key][index] if starts[index] < limit else None
 
     def _device_span(self, event: RangeEvent) -> Span | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
+from weakref import WeakMethod
 
 from moe_trace.data.compiled_graph import CompiledGraph, CompiledLaunch
 
@@ -47,7 +48,7 @@ class LaunchMatcher:
     """Matches the kernels of each call to launches, using all calls of a trace.
 
     Args:
-        every: returns the fits of all calls.
+        every: method that returns the fits of all calls; its object keeps the matcher.
         on_device: whether to match kernels of a GPU; else operators of a CPU, one by one.
     """
 
@@ -55,7 +56,7 @@ class LaunchMatcher:
         self, graphs: Iterable[CompiledGraph], every: Callable[[], Iterable[Fit]], *, on_device: bool = True
     ) -> None:
         self._graphs, self._on_device = list(graphs), on_device
-        self._all_fits = every
+        self._every = WeakMethod(every)  # a cycle would keep all events until a garbage collection
         self._fits: dict[tuple[str, ...], list[Fit]] = {}
         self._launches: dict[Fit, Sequence[tuple[Stretch, CompiledLaunch]]] = {}
 
@@ -82,6 +83,11 @@ class LaunchMatcher:
             known_launches = [(stretch, launch) for stretch, launch in found if launch is not None]
             self._launches[fit] = known_launches if len(known_launches) == len(found) else ()
         return self._launches[fit]
+
+    def _all_fits(self) -> Iterable[Fit]:
+        every = self._every()
+        assert every is not None
+        return every()
 
     @cached_property
     def _usual_names(self) -> dict[CompiledGraph, tuple[str, ...] | None]:
