@@ -41,14 +41,13 @@ class Judgement:
 def judge(plan: Plan, counts_SLE: Ints) -> Judgement:
     """Compute the load per rank under the plan, where copies of an expert share its load equally."""
     shares_LER = plan.shares_LER()
-    counts_LSE = np.moveaxis(counts_SLE.astype(np.float64), 1, 0)
-    loads_LSR = counts_LSE @ shares_LER
+    loads_LSR = np.stack([counts_SLE[:, layer] @ shares_ER for layer, shares_ER in enumerate(shares_LER)])
     loads_LR = loads_LSR.sum(axis=1)
     return Judgement(
         loads_LR=loads_LR,
         max_over_mean_L=_max_over_mean(loads_LR),
         per_observation_L=known_mean(_max_over_mean(loads_LSR), axis=1),
-        slots_WL=(_parts_WLE(plan, shares_LER) * counts_LSE.sum(axis=1)).sum(axis=2),
+        slots_WL=(_parts_WLE(plan, shares_LER) * counts_SLE.sum(axis=0)).sum(axis=2),
     )
 
 

@@ -176,7 +176,10 @@ def _read_json(path: Path) -> ExpertCounts:
 
 def _layers(given: Iterable[Layer | int]) -> tuple[Layer, ...]:
     return tuple(
-        Layer(site=f"L{layer:02d}", layer=layer) if isinstance(layer, int) else layer for layer in given
+        Layer(site=f"L{layer:02d}", layer=layer)
+        if isinstance(layer, int)
+        else replace(layer, slot_bytes=None)
+        for layer in given
     )
 
 

@@ -149,6 +149,7 @@ def test_bytes_come_from_the_shape_that_the_model_was_recorded_with(tmp_path: Pa
     for unknown in ({**model, "dtype": "uint4"}, {"config": config}, {"dtype": "bfloat16"}):
         assert expert_bytes_of(unknown) is None
     assert expert_bytes_of({**model, "config": {**config, "quantization_config.bits": 4}}) is None
+    assert expert_bytes_of({**model, "dtype": "float8_e4m3fn"}) is None
     assert expert_bytes_of({**model, "config": {**config, "moe_intermediate_size": 10}}) == 3 * 2048 * 10 * 2
 
 

@@ -267,6 +267,8 @@ def hostile(members: dict[str, bytes]) -> dict[str, dict[str, bytes] | bytes]:
         "huge header": with_header(model={"name": "x" * (17 << 20)}),
         "deep header": members | {"header.0.json": b"[" * 200_000},
         "other version": with_header(version=2),
+        "other version of another form": with_header(version=2, groups={}),
+        "no format": members | {"header.0.json": json.dumps({"groups": header["groups"]}).encode()},
         "other format": with_header(format="npz"),
         "groups of null": with_header(groups=[None]),
         "experts of text": with_header(groups=[group | {"num_experts": ["5", "5"]}]),
@@ -298,6 +300,8 @@ def test_hostile_files_give_one_line_and_take_no_memory(case: str, tmp_path: Pat
     message = str(error.value)
     assert "\n" not in message and len(message) < 600 and "bad.npz" in message and "expected" in message
     assert peak < 64 << 20
+    assert "version 2 of the format" in message or "version" not in case
+    assert "another format, 'None'" in message or case != "no format"
 
 
 def test_many_chunks_of_zeros_are_refused_before_they_expand(

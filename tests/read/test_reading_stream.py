@@ -137,7 +137,8 @@ def test_work_grows_linearly_with_one_huge_value() -> None:
 def test_a_value_that_is_skipped_behind_the_events_is_not_held() -> None:
     """Other tools write tables there that are larger than the events, such as `stackFrames`."""
     block, frame = stream_module.BLOCK_BYTES, b'{"name": "' + b"}]," * 30_000 + b'"}, '
-    data = io.BytesIO(b'{"traceEvents": [], "frames": [' + frame * (10 * block // len(frame)) + b"{}]}")
+    frames, numbers = frame * (10 * block // len(frame)), b"1," * (5 * block)
+    data = io.BytesIO(b'{"traceEvents": [], "frames": [%b{}], "numbers": [%b1]}' % (frames, numbers))
     stream = JsonStream(data.read, "a")
     peaks = {}
     for key in stream.walk():
@@ -145,7 +146,39 @@ def test_a_value_that_is_skipped_behind_the_events_is_not_held() -> None:
         stream.skip()
         peaks[key] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peaks["frames"] < 4 * block
+    assert max(peaks["frames"], peaks["numbers"]) < 4 * block
+
+
+@pytest.mark.parametrize(("events", "objects"), [(200, 100), (100, 200), (3000, 300), (1, 5000)])
+def test_lists_of_objects_inside_events_are_not_taken_for_events(events: int, objects: int) -> None:
+    event = {"name": "e", "args": {"list": [{"x": 1}] * objects}}
+    text = json.dumps({"traceEvents": [event] * events, "after": 1}).encode()
+    for read in (elements_of, batches_of):
+        found = read(text)
+        assert len(found) == events and found[0] == found[-1] == event
+
+
+def elements_of(text: bytes) -> list[Any]:
+    stream = JsonStream(io.BytesIO(text).read, "a")
+    elements: list[tuple[int, bytes]] = []
+    for key in stream.walk():
+        if key == "traceEvents":
+            elements += stream.elements()
+        else:
+            stream.skip()
+    assert all(text[at : at + len(element)] == element for at, element in elements)
+    return [json.loads(element) for _, element in elements]
+
+
+def batches_of(text: bytes) -> list[Any]:
+    stream, decode = JsonStream(io.BytesIO(text).read, "a"), msgspec.json.Decoder(list[dict]).decode
+    found = []
+    for key in stream.walk():
+        if key == "traceEvents":
+            found += [one for batch in stream.batches(decode, json.loads) for one in batch]
+        else:
+            stream.skip()
+    return found
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -111,12 +111,12 @@ def read_header(data: bytes) -> Header:
     Raises:
         Damaged: it is not a header of this format and version, or is invalid.
     """
-    header = _read(data, Header, "a header")
-    if header.format != FORMAT:
-        raise Damaged(f"a header of another format, {header.format[:40]!r}")
-    if header.version != VERSION:
-        raise Damaged(f"version {header.version} of the format where {VERSION} is known")
-    return header
+    plain = _json(data, "a header")
+    if plain.get("format") != FORMAT:
+        raise Damaged(f"a header of another format, {str(plain.get('format'))[:40]!r}")
+    if plain.get("version") != VERSION:
+        raise Damaged(f"version {str(plain.get('version'))[:20]} of the format where {VERSION} is known")
+    return _convert(plain, Header, "a header")
 
 
 def read_chunk_end(data: bytes, number: int, groups: tuple[Group, ...]) -> ChunkEnd:
@@ -125,7 +125,7 @@ def read_chunk_end(data: bytes, number: int, groups: tuple[Group, ...]) -> Chunk
     Raises:
         Damaged: it belongs to another chunk, or is invalid.
     """
-    end = _read(data, ChunkEnd, f"an end of chunk {number}")
+    end = _convert(_json(data, f"an end of chunk {number}"), ChunkEnd, f"an end of chunk {number}")
     if end.chunk != number or end.group >= len(groups):
         raise Damaged(f"chunk {number} with another's end")
     columns = end.columns.keys()
@@ -137,10 +137,18 @@ def read_chunk_end(data: bytes, number: int, groups: tuple[Group, ...]) -> Chunk
     return end
 
 
-def _read(data: bytes, kind: type[_Read], what: str) -> _Read:
+def _json(data: bytes, what: str) -> dict[str, Any]:
     try:
-        return msgspec.convert(json.loads(data), kind)  # a config may contain NaN, which only json reads
-    except msgspec.ValidationError as error:
-        raise Damaged(f"{what} of another form ({error!s:.200})") from error
+        plain = json.loads(data)  # a config may contain NaN, which only json reads
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{what} that is no JSON") from error
+    if not isinstance(plain, dict):
+        raise Damaged(f"{what} that is no JSON object")
+    return plain
+
+
+def _convert(plain: dict[str, Any], kind: type[_Read], what: str) -> _Read:
+    try:
+        return msgspec.convert(plain, kind)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{what} of another form ({error!s:.200})") from error

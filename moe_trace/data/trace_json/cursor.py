@@ -149,6 +149,8 @@ class JsonCursor:
         while True:
             match = _TOKEN.search(self._data, self._index + size)
             if match is None or match.group() == b'"':
+                if not keep:
+                    self._index, size = match.start() if match else len(self._data), 0
                 more()
                 continue
             token, size = match.group(), match.end() - self._index
@@ -160,6 +162,17 @@ class JsonCursor:
                 return match.end()
             if not keep:
                 self._index, size = match.end(), 0
+
+    def _end_in_buffer(self) -> int | None:
+        """Return the end of the value at the cursor; None if the buffer does not contain all of it."""
+
+        def refuse() -> None:
+            raise _NoValue
+
+        try:
+            return self._value_end(refuse)
+        except _NoValue:
+            return None
 
     def _end_before_mark(self) -> int:
         """Return the end of a value, confirmed by the character that follows it."""

@@ -22,6 +22,7 @@ from moe_trace.data.trace_json.resync import BOUNDARY, REFUSALS, decode_around_b
 from moe_trace.data.trace_json.windows import ArrayBounds, EventBytes, Window, find_end
 
 _CARRIER = re.compile(rb'\{[^{}\[\]]*"args"\s*:\s*\{[^{}\[\]]*"%b"\s*:\s*\{' % METADATA_KEY.encode())
+_LIST_OF_OBJECTS = re.compile(rb"\[[ \t\r\n]*+\{")
 _T = TypeVar("_T")
 _decode_texts = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
@@ -42,7 +43,11 @@ class JsonStream(JsonCursor):
             if self._peek() == b"]":
                 self._index += 1
                 return
-            yield self._guessed_batch(decode) or self._resynced_batch(decode, one)
+            yield (
+                self._guessed_batch(decode)
+                or self._whole_elements(decode)
+                or self._resynced_batch(decode, one)
+            )
             if self._peek() == b",":
                 self._index += 1
             elif self._peek() != b"]":
@@ -99,6 +104,29 @@ class JsonStream(JsonCursor):
         except REFUSALS:
             return None
         self._index = cut + 1
+        return found
+
+    def _whole_elements(self, decode: Callable[[bytes], list[_T]]) -> list[_T]:
+        """Decode valid elements one by one where lists of objects inside them can mislead the guess."""
+        found: list[_T] = []
+        after_last, nested = self._index, _LIST_OF_OBJECTS.search(self._data, self._index)
+        while nested is not None and self._skip_space(self._index) < len(self._data):
+            end = self._end_in_buffer()
+            if end is None:
+                break
+            text, mark = self._data[self._index : end], self._skip_space(end)
+            if not text.startswith(b"{") or self._data[mark : mark + 1] not in (b",", b"]"):
+                break
+            try:
+                found += decode(b"[%b]" % text)
+            except REFUSALS:
+                break
+            self._index, after_last = mark + 1, end
+            if self._data[mark : mark + 1] == b"]":
+                break
+            if nested.start() < end:
+                nested = _LIST_OF_OBJECTS.search(self._data, end)
+        self._index = after_last
         return found
 
     def _resynced_batch(self, decode: Callable[[bytes], list[_T]], one: Callable[[bytes], _T]) -> list[_T]:

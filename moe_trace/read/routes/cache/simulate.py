@@ -209,6 +209,8 @@ def expert_bytes_of(model: Mapping[str, Any]) -> int | None:
     config = model.get("config")
     if not isinstance(config, Mapping) or any(str(key).startswith("quantization") for key in config):
         return None
+    if str(model.get("dtype")).startswith("float8"):  # their scales are not recorded
+        return None
     inner = config.get("moe_intermediate_size") or config.get("intermediate_size")
     sizes: list[Any] = [config.get("hidden_size"), inner, item_bytes(model)]
     known = all(isinstance(size, int) and 0 < size < 1 << 31 for size in sizes)
