@@ -109,7 +109,7 @@ class _Worker:
             pickle.dump(file, into)
             into.flush()
             answer: bytes | TraceFileError = pickle.load(out)
-        except Exception:  # a pickle that is cut off, or not one, raises errors of many kinds
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
             code = self.end()
             return TraceFileError(
                 f"{file}: the process that read it ended with {code}; it may have run out of memory"
