@@ -17,7 +17,7 @@ from moe_trace.data.trace_json.kernels import find_kernels
 from moe_trace.data.trace_json.stream import JsonStream, decoders, loads_lenient
 from moe_trace.read.file.opening import Progress, open_trace_stream
 from moe_trace.read.file.trace_file import read_trace, split_ranks
-from moe_trace.read.ranks.collectives import find_collectives, work_coverage
+from moe_trace.read.ranks.collective_times import find_collectives, work_coverage
 from moe_trace.read.time.phases import measure_calls
 
 

@@ -356,7 +356,7 @@ def test_what_torch_and_nccl_really_write() -> None:
     from moe_trace.data.trace_json.events import EventTableBuilder
     from moe_trace.data.trace_json.kernels import find_kernels
     from moe_trace.read.file.opening import open_trace_stream
-    from moe_trace.read.ranks.collectives import find_collectives, split_bytes
+    from moe_trace.read.ranks.collective_times import find_collectives, split_bytes
 
     builder = EventTableBuilder()
     with open_trace_stream(DATA / "nccl_collectives.json") as stream:

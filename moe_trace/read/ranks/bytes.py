@@ -17,8 +17,8 @@ import numpy as np
 
 from moe_trace.data.calls.table import IntArray
 from moe_trace.data.schema import RoutingSample
-from moe_trace.read.ranks.collective_times import SampleIndex
-from moe_trace.read.ranks.collectives import split_bytes
+from moe_trace.read.ranks.collective_costs import SampleIndex
+from moe_trace.read.ranks.collective_times import split_bytes
 from moe_trace.read.ranks.loads import CallLoad, RankRecords
 from moe_trace.read.ranks.shared_calls import RankCalls
 from moe_trace.read.time.peaks import hidden_bytes

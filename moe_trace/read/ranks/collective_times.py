@@ -1,174 +1,174 @@
-"""Cost of the MoE layers' collectives on each rank: bytes, time, bandwidth, and waiting for the last rank.
+"""Times of the collectives of one trace, and the MoE layers that called them.
 
-- wait: last arrival of the group - own arrival, on the aligned clock.
-- bandwidth: bytes that leave the rank / (time of the collective - wait); 1 GB is 1e9 bytes.
-- lost: sum of the waits over ranks, all of it attributed to the rank that arrived last.
+The rules of the join:
+
+    layer    a collective called inside a block's range, on the block's own thread
+    kernels  those launched inside `record_param_comms`, on its thread
+    gloo     `c10d::` operators and `gloo:` ranges of one kind are queued first in, first out, so the n-th
+             operator belongs to the n-th range. Kineto gives them no common id; the pairs are used only if
+             there are as many ranges as operators and no range starts before its operator.
+    role     of an all-to-all in a layer: integers are counts; one before the experts' first product is the
+             dispatch, one after it the combine. Without element types (gloo without `record_shapes`) the
+             last one before the product is the dispatch.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from moe_trace.data.schema import Recording, RoutingSample
+import numpy as np
+
+from moe_trace.data.calls.table import IntArray
+from moe_trace.data.schema import RoutingSample
 from moe_trace.data.summary import SampleKey
+from moe_trace.data.trace_json.comms import GLOO, PARAMETERS, CommEvent, CommFacts
 from moe_trace.data.trace_json.coverage import Coverage
-from moe_trace.read.file.rank_parts import Alignment
-from moe_trace.read.ranks.align import on_one_clock
-from moe_trace.read.ranks.collectives import ROLES, Collective, split_bytes
-from moe_trace.read.ranks.loads import CallKey, calls_by_key
-from moe_trace.read.ranks.shared_calls import RankCalls, SharedCalls
+from moe_trace.data.trace_json.events import EventTable
+from moe_trace.data.trace_json.kernels import Kernels
+from moe_trace.read.time.blocks import Blocks, find_blocks
+from moe_trace.read.time.phase_detection import COMBINE, EXPERTS, Steps, find_steps
+
+Role = Literal["counts", "dispatch", "combine"]
+ROLES: tuple[Role, ...] = ("counts", "dispatch", "combine")
+Nanoseconds = tuple[int, int]
+"""(start, end)"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExchangeTime:
-    """One kind of collective of one layer on one rank, over all its calls."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Collective:
+    """One call of a collective, with times in nanoseconds on the trace's clock."""
 
-    site: str
-    part: str
-    """`counts`, `dispatch`, `combine`, or the collective's kind if it is no all-to-all."""
-    rank: int
-    calls: int
-    bytes_in: int | None
-    """Input bytes of the collectives, including the rank's own part, or None if unknown."""
-    bytes_leaving: int | None
-    """Input bytes sent to other ranks."""
-    timed: int
-    """Number of calls whose work is known, which the time covers."""
-    time_us: float | None
-    """Time, or None if too few calls are known (`Coverage.known`)."""
-    wait_us: float | None
-    """Waiting time, or None if the ranks' clocks or calls could not be matched."""
-    gb_per_s: float | None
+    facts: CommFacts
+    host_ns: Nanoseconds
+    """Time of the call on the thread that made it."""
+    work_ns: Nanoseconds | None
+    """First to last of its kernels, or the time on the backend's own thread; None if neither is known. It
+    begins when this rank arrives, and ends when it has everything that it waits for."""
     on_device: bool
-    """Whether the time is that of kernels, or else of the backend's thread."""
+    call: SampleKey | None = None
+    """Router call in whose block it was called."""
+    role: Role | None = None
+
+    @property
+    def bytes_in(self) -> int | None:
+        """Input bytes, including this rank's own part."""
+        elements, item = self.facts.elements_in, self.facts.item_bytes
+        return None if elements is None or item is None else elements * item
+
+    @property
+    def time_ns(self) -> int | None:
+        """Duration of its work, or None if unknown, as the call itself only queues it."""
+        return None if self.work_ns is None else self.work_ns[1] - self.work_ns[0]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wait:
-    """One collective of a layer, on all ranks of its group."""
-
-    site: str
-    step: int
-    part: str
-    lost_us: float
-    """Sum of the waits over the ranks of the group."""
-    last_rank: int
-
-
-SampleIndex = Mapping[SampleKey | None, tuple[CallKey, RoutingSample]]
-"""Router calls of one rank by a collective's `call`, without those that a filter left out."""
-
-
-def sample_index(recording: Recording) -> SampleIndex:
-    """Map a call's own number to its number among the forward calls of its router."""
-    return {(sample.name, sample.call): (key, sample) for key, sample in calls_by_key(recording).items()}
-
-
-def part_of(collective: Collective) -> str:
-    """Return the purpose of the collective in its layer."""
-    return collective.role or collective.facts.kind
-
-
-def find_waits(
-    matched: Sequence[SharedCalls], alignment: Alignment, index: Mapping[int, SampleIndex]
-) -> tuple[tuple[Wait, ...], dict[tuple[int, int], int]]:
-    """Compute the waits of all layers' collectives.
-
-    Returns:
-        The waits, and each rank's own wait in nanoseconds by (rank, `id` of its collective).
-    """
-    waits, own_waits = [], {}
-    for shared in matched:
-        start, _ = on_one_clock(shared, alignment.offset_ns)
-        wait_ns = start.max(axis=1, keepdims=True) - start
-        last = start.argmax(axis=1)
-        for row, collectives in enumerate(shared.calls):
-            found = index[shared.ranks[0]].get(collectives[0].call)
-            if found is None:
-                continue
-            waits_ns = wait_ns[row].tolist()
-            for rank, collective, ns in zip(shared.ranks, collectives, waits_ns, strict=True):
-                own_waits[rank, id(collective)] = ns
-            waits.append(
-                Wait(
-                    site=found[1].site,
-                    step=found[1].step,
-                    part=part_of(collectives[0]),
-                    lost_us=sum(waits_ns) / 1000,
-                    last_rank=shared.ranks[int(last[row])],
-                )
-            )
-    return tuple(waits), own_waits
-
-
-def exchange_times(
-    ranks: Sequence[RankCalls], index: Mapping[int, SampleIndex], own_wait: Mapping[tuple[int, int], int]
-) -> tuple[ExchangeTime, ...]:
-    """Summarise collectives by layer, part and rank, in the order of the layers."""
-    groups: defaultdict[tuple[int, str, str, int], list[Collective]] = defaultdict(list)
-    for rank_calls in ranks:
-        for collective in rank_calls.collectives:
-            found = index[rank_calls.rank].get(collective.call)
-            if found is not None:
-                sample = found[1]
-                groups[sample.layer, sample.site, part_of(collective), rank_calls.rank].append(collective)
-    by_rank = {rank_calls.rank: rank_calls for rank_calls in ranks}
-    order: dict[str, int] = {role: place for place, role in enumerate(ROLES)}
-    ordered = sorted(groups, key=lambda k: (*k[:2], order.get(k[2], len(order)), *k[2:]))
-    return tuple(_exchange_time(key, groups[key], by_rank[key[3]], own_wait) for key in ordered)
-
-
-def _exchange_time(
-    key: tuple[int, str, str, int],
-    calls: Sequence[Collective],
-    rank_calls: RankCalls,
-    own_wait: Mapping[tuple[int, int], int],
-) -> ExchangeTime:
-    _, site, part, rank = key
-    waits = [own_wait[rank, id(c)] for c in calls if (rank, id(c)) in own_wait]
-    known = len(waits) == len(calls)
-    times = [c.time_ns for c in calls if c.time_ns is not None]
-    time_ns, wait_ns = sum(times), sum(waits)
-    leaving = _sum([_bytes_leaving(c, rank_calls) for c in calls])
-    moving_ns = time_ns - wait_ns if known else time_ns
-    has_rate = leaving is not None and moving_ns > 0 and len(times) == len(calls)
-    return ExchangeTime(
-        site=site,
-        part=part,
-        rank=rank,
-        calls=len(calls),
-        bytes_in=_sum([c.bytes_in for c in calls]),
-        bytes_leaving=leaving,
-        timed=len(times),
-        time_us=time_ns / 1000 if Coverage(joined=len(times), total=len(calls)).known else None,
-        wait_us=wait_ns / 1000 if known else None,
-        gb_per_s=(leaving or 0) / moving_ns if has_rate else None,
-        on_device=bool(times) and all(c.on_device for c in calls if c.time_ns is not None),
-    )
-
-
-def _sum(numbers: Sequence[int | None]) -> int | None:
-    known = [number for number in numbers if number is not None]
-    return sum(known) if len(known) == len(numbers) else None
-
-
-def _bytes_leaving(collective: Collective, rank_calls: RankCalls) -> int | None:
-    if collective.facts.kind != "all_to_all":
-        return collective.bytes_in
-    group = collective.facts.group or (
-        rank_calls.parallel.expert_ranks if rank_calls.parallel is not None else ()
-    )
-    split = split_bytes(collective, "in", len(group))
-    if split is None or rank_calls.rank not in group:
+def split_bytes(collective: Collective, direction: Literal["in", "out"], parts: int) -> list[int] | None:
+    """Return the bytes for each of the group's `parts` ranks, or None if the trace lacks them."""
+    facts = collective.facts
+    rows = facts.split_in if direction == "in" else facts.split_out
+    elements = facts.elements_in if direction == "in" else facts.elements_out
+    item = facts.item_bytes
+    if rows is None or elements is None or item is None or (rows and len(rows) != parts) or parts < 1:
         return None
-    return sum(split) - split[group.index(rank_calls.rank)]
+    if not rows:
+        return [elements // parts * item] * parts
+    total = sum(rows)
+    return [elements // total * row * item for row in rows] if total else [0] * parts
 
 
-def account(waits: Sequence[Wait], ranks: Sequence[int]) -> dict[int, float]:
-    """Return the time that others spent waiting for each rank, in microseconds."""
-    blame = dict.fromkeys(ranks, 0.0)
-    for wait in waits:
-        blame[wait.last_rank] += wait.lost_us
-    return blame
+def work_coverage(collectives: Sequence[Collective]) -> Coverage:
+    """Return for how many of the layers' collectives the work is known."""
+    known = [c.work_ns is not None for c in collectives if c.call is not None]
+    return Coverage(joined=sum(known), total=len(known))
+
+
+def find_collectives(
+    samples: Sequence[RoutingSample], events: EventTable, kernels: Kernels
+) -> tuple[Collective, ...]:
+    """Return all collectives of a trace sorted by the time of their call, at no cost if it has none."""
+    if not events.comms:
+        return ()
+    called = [c for c in events.comms if c.name == PARAMETERS]
+    on_device = bool(called)
+    if called:
+        work = {i: _kernels_ns(event, events, kernels) for i, event in enumerate(called)}
+    else:
+        called = [c for c in events.comms if not c.name.startswith(GLOO)]
+        called.sort(key=lambda c: c.start_ns)
+        work = _gloo_work(called, [c for c in events.comms if c.name.startswith(GLOO)])
+    found = [
+        Collective(
+            facts=event.facts,
+            host_ns=(event.start_ns, event.end_ns),
+            work_ns=work.get(i),
+            on_device=on_device and work[i] is not None,
+        )
+        for i, event in enumerate(called)
+    ]
+    threads = np.array([event.thread for event in called], np.int64)
+    blocks = find_blocks(samples, events)
+    return _assign_to_layers(found, threads, blocks, find_steps(events, blocks))
+
+
+def _kernels_ns(event: CommEvent, events: EventTable, kernels: Kernels) -> Nanoseconds | None:
+    rows = kernels.within_ns(event.thread, event.start_ns, event.end_ns)
+    start, end = kernels.start_ns[rows], kernels.start_ns[rows] + kernels.duration_ns[rows]
+    nccl = np.array([events.names[n].startswith("nccl") for n in kernels.name[rows].tolist()], dtype=bool)
+    if nccl.any():  # exclude copies into and out of its buffers
+        start, end = start[nccl], end[nccl]
+    return (int(start.min()), int(end.max())) if len(start) else None
+
+
+def _gloo_work(called: Sequence[CommEvent], ranges: Sequence[CommEvent]) -> dict[int, Nanoseconds | None]:
+    """Map the index of each operator to the range of its work."""
+    found: dict[int, Nanoseconds | None] = {}
+    for kind in {event.facts.kind for event in ranges}:
+        operators = [i for i, event in enumerate(called) if event.facts.kind == kind]
+        work = sorted((r for r in ranges if r.facts.kind == kind), key=lambda r: r.start_ns)
+        pairs = list(zip(operators, work, strict=False))
+        if len(operators) == len(work) and all(w.start_ns >= called[i].start_ns for i, w in pairs):
+            found |= {i: (w.start_ns, w.end_ns) for i, w in pairs}
+    return found
+
+
+# -- layers ----------------------------------------------------------------------------------------------
+
+
+def _assign_to_layers(
+    found: Sequence[Collective], threads: IntArray, blocks: Blocks, steps: Steps
+) -> tuple[Collective, ...]:
+    starts = np.array([c.host_ns[0] for c in found], np.int64)
+    block = blocks.at(threads, starts)
+    step = steps.at(threads, starts)
+    phase = [int(steps.phase[i]) if i >= 0 else -1 for i in step.tolist()]
+    members: dict[int, list[int]] = {}
+    for i, b in enumerate(block.tolist()):
+        if b >= 0:
+            members.setdefault(b, []).append(i)
+    changed, calls = list(found), blocks.samples.call_keys()
+    for b, indices in members.items():
+        indices.sort(key=lambda i: found[i].host_ns[0])
+        exchanges = [i for i in indices if found[i].facts.kind == "all_to_all"]
+        roles = _roles([found[i].facts for i in exchanges], [phase[i] for i in exchanges])
+        role_of = dict(zip(exchanges, roles, strict=True))
+        for i in indices:
+            changed[i] = replace(found[i], call=calls[b], role=role_of.get(i))
+    changed.sort(key=lambda c: c.host_ns)
+    return tuple(changed)
+
+
+def _roles(facts: Sequence[CommFacts], phases: Sequence[int]) -> list[Role | None]:
+    """Return the purpose of one layer's all-to-alls, in the order of their calls."""
+    is_second_half = [phase in (COMBINE, EXPERTS) for phase in phases]
+    moving = [i for i, fact in enumerate(facts) if not fact.is_integer]
+    if len(moving) > 1 and len({is_second_half[i] for i in moving}) == 1:  # no product was seen between them
+        is_second_half = [i == moving[-1] for i in range(len(facts))]
+    roles: list[Role | None] = []
+    for i, fact in enumerate(facts):
+        followed = any(not is_second_half[k] and not facts[k].is_integer for k in range(i + 1, len(facts)))
+        if fact.is_integer or (fact.is_integer is None and not is_second_half[i] and followed):
+            roles.append("counts")
+        else:
+            roles.append("combine" if is_second_half[i] else "dispatch")
+    return roles

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from moe_trace.read.ranks.collective_times import SampleIndex
+from moe_trace.read.ranks.collective_costs import SampleIndex
 from moe_trace.read.ranks.inputs import Ranks
 from moe_trace.read.ranks.loads import CallLoad
 from moe_trace.read.time.fit import Array, Calls, Fit, fit_load, half_interval

@@ -14,7 +14,7 @@ from moe_trace.data.schema import Recording
 from moe_trace.read.ranks.shared_calls import RankCalls
 
 if TYPE_CHECKING:  # not imported for a trace of one rank, which is then reported sooner
-    from moe_trace.read.ranks.collective_times import SampleIndex
+    from moe_trace.read.ranks.collective_costs import SampleIndex
     from moe_trace.read.ranks.loads import CallLoad, RankRecords
 
 
@@ -75,7 +75,7 @@ class Ranks:
     @cached_property
     def index(self) -> dict[int, SampleIndex]:
         """Router calls by rank."""
-        from moe_trace.read.ranks.collective_times import sample_index
+        from moe_trace.read.ranks.collective_costs import sample_index
 
         return {rank: sample_index(rank_input.recording) for rank, rank_input in self.by_rank.items()}
 

@@ -14,7 +14,7 @@ from moe_trace.data.load_stats import max_over_mean
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.ranks.align import align
 from moe_trace.read.ranks.bytes import BytesCheck, check_bytes
-from moe_trace.read.ranks.collective_times import (
+from moe_trace.read.ranks.collective_costs import (
     ExchangeTime,
     Wait,
     account,

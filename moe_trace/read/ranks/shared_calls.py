@@ -15,7 +15,7 @@ from moe_trace.data.trace_json.comms import CommKind
 from moe_trace.data.trace_json.events import spans_ns
 from moe_trace.data.trace_json.kernels import Kernels
 from moe_trace.read.file.trace_file import TraceFile
-from moe_trace.read.ranks.collectives import Collective, find_collectives
+from moe_trace.read.ranks.collective_times import Collective, find_collectives
 
 SYNCHRONISING: frozenset[CommKind] = frozenset(
     {"all_to_all", "all_gather", "all_reduce", "reduce_scatter", "barrier"}

@@ -17,7 +17,7 @@ from moe_trace.read.file.filters import Filter
 from moe_trace.read.file.opening import Progress
 from moe_trace.read.file.rank_parts import Alignment
 from moe_trace.read.file.trace_file import TraceFile, read_trace, split_ranks
-from moe_trace.read.ranks.collectives import work_coverage
+from moe_trace.read.ranks.collective_times import work_coverage
 from moe_trace.read.ranks.inputs import RankInput, call_numbers
 from moe_trace.read.ranks.shared_calls import RankCalls, rank_calls
 from moe_trace.read.time.call_times import measure_all, routers_busy_us, without_timed

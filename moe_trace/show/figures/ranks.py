@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_trace.data.display.columns import Cell
-from moe_trace.read.ranks.collective_times import ExchangeTime
+from moe_trace.read.ranks.collective_costs import ExchangeTime
 from moe_trace.read.ranks.report import LayerRanks, RankReport
 from moe_trace.show.figures.figure import (
     PHASE_COLOURS,

@@ -11,7 +11,7 @@ from moe_trace.read.analysis import TraceSummary
 
 if TYPE_CHECKING:
     from moe_trace.read.file.rank_parts import Alignment, Spread
-    from moe_trace.read.ranks.collective_times import ExchangeTime
+    from moe_trace.read.ranks.collective_costs import ExchangeTime
     from moe_trace.read.ranks.report import LayerRanks, RankReport
 
 COLUMNS_MAX = 4
