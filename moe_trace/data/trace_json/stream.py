@@ -44,9 +44,7 @@ class JsonStream(JsonCursor):
                 self._index += 1
                 return
             yield (
-                self._guessed_batch(decode)
-                or self._whole_elements(decode)
-                or self._resynced_batch(decode, one)
+                self._guessed_batch(decode) or self._around_lists(decode) or self._resynced_batch(decode, one)
             )
             if self._peek() == b",":
                 self._index += 1
@@ -94,38 +92,40 @@ class JsonStream(JsonCursor):
 
     def _guessed_batch(self, decode: Callable[[bytes], list[_T]]) -> list[_T] | None:
         """Decode up to the last place in the buffer where one object seems to end and the next to begin."""
-        cut = self._data.rfind(b"},", self._index)
-        while cut >= 0 and not BOUNDARY.match(self._data, cut):
-            cut = self._data.rfind(b"},", self._index, cut)
-        if cut < 0:
+        end = self._last_boundary(len(self._data))
+        if end is None:
             return None
         try:
-            found = decode(b"[%b]" % self._data[self._index : cut + 1])
+            found = decode(b"[%b]" % self._data[self._index : end])
         except REFUSALS:
             return None
-        self._index = cut + 1
+        self._index = end
         return found
 
-    def _whole_elements(self, decode: Callable[[bytes], list[_T]]) -> list[_T]:
-        """Decode valid elements one by one where lists of objects inside them can mislead the guess."""
+    def _last_boundary(self, before: int) -> int | None:
+        cut = self._data.rfind(b"},", self._index, before)
+        while cut >= 0 and not BOUNDARY.match(self._data, cut):
+            cut = self._data.rfind(b"},", self._index, cut)
+        return None if cut < 0 else cut + 1
+
+    def _around_lists(self, decode: Callable[[bytes], list[_T]]) -> list[_T]:
+        """Decode valid elements whose lists of objects mislead the guess: those singly, others in runs."""
         found: list[_T] = []
-        after_last, nested = self._index, _LIST_OF_OBJECTS.search(self._data, self._index)
-        while nested is not None and self._skip_space(self._index) < len(self._data):
-            end = self._end_in_buffer()
+        after_last = self._index
+        while (nested := _LIST_OF_OBJECTS.search(self._data, after_last)) is not None:
+            end = self._last_boundary(nested.start()) or self._end_in_buffer()
             if end is None:
                 break
             text, mark = self._data[self._index : end], self._skip_space(end)
-            if not text.startswith(b"{") or self._data[mark : mark + 1] not in (b",", b"]"):
+            if not text.lstrip().startswith(b"{") or self._data[mark : mark + 1] not in (b",", b"]"):
                 break
             try:
                 found += decode(b"[%b]" % text)
             except REFUSALS:
                 break
             self._index, after_last = mark + 1, end
-            if self._data[mark : mark + 1] == b"]":
+            if self._data[mark : mark + 1] == b"]" or self._skip_space(self._index) == len(self._data):
                 break
-            if nested.start() < end:
-                nested = _LIST_OF_OBJECTS.search(self._data, end)
         self._index = after_last
         return found
 
