@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sized
-from dataclasses import fields
 from typing import Any
 
 _RENDERERS: dict[str, str] = {}
@@ -35,6 +34,9 @@ class ShortRepr:
     """Base class of dataclasses (`repr=False`) whose repr shows numbers, text, and the size of all else."""
 
     def __repr__(self) -> str:
+        # Imported late: it takes as long as the rest of `import moe_trace`, which needs no dataclass.
+        from dataclasses import fields
+
         shown = (f"{field.name}={_short_repr(getattr(self, field.name))}" for field in fields(self))  # type: ignore[arg-type]
         return f"{type(self).__name__}({', '.join(shown)})"
 
